@@ -26,7 +26,7 @@ from corl_jax.config.schema import Config
 from corl_jax.config.shipped import find_config
 from corl_jax.errors import InputError, Preempted
 from corl_jax.runs.log import StepLog
-from corl_jax.train.from_python import read_config
+from corl_jax.train.from_python import read_stages
 from docs.examples.bag_family import FAMILY
 from tests.support import bag_runs, tiny_runs
 from tests.support.tiny_models import tiny_image
@@ -250,16 +250,16 @@ def test_a_config_in_any_form_is_the_same(model, rows, tmp_path):
     expected = config_files.load(file)
     in_python = tree | {"output_dir": tmp_path / "run", "data": {**tree["data"], "path": rows}}
     for form in (file, str(file), tree, in_python, expected):
-        assert read_config(form, {}) == expected
-        changed = read_config(
+        assert read_stages(form, {}) == {"": expected}
+        (changed,) = read_stages(
             form, {"seed": 3, "train": {"stop_after": 1}, "optimizer.learning_rate": 0.5}
-        )
+        ).values()
         assert (changed.seed, changed.train.stop_after, changed.train.max_steps) == (3, 1, 2)
         assert changed.optimizer.learning_rate == 0.5
-        replaced = read_config(form, {"rewards": ({"name": "format"},)})
+        (replaced,) = read_stages(form, {"rewards": ({"name": "format"},)}).values()
         assert [reward.name for reward in replaced.rewards] == ["format"]
     assert tree["train"] == {"prompts_per_step": 4, "max_steps": 2}, "the caller's dict"
-    named = read_config("minimal", {"output_dir": tmp_path})
+    (named,) = read_stages("minimal", {"output_dir": tmp_path}).values()
     assert named == config_files.load(find_config("minimal"), [f"output_dir={tmp_path}"])
     assert isinstance(named, Config)
 
@@ -274,7 +274,7 @@ def test_wrong_input_of_a_training_is_raised(model, rows, tmp_path, bag):
     assert "no file and no config" in problems_of(corl_jax.train, "minimol")[0]
     (line,) = problems_of(corl_jax.train, "minimal", {"seed.x": 1})
     assert line == "argument: seed: found {'x': 1}, expected an integer >= 0"
-    minimal = read_config("minimal", {}).model_dump()
+    minimal = read_stages("minimal", {})[""].model_dump()
     (line,) = problems_of(corl_jax.train, minimal | {"seed": -1}, train={"max_steps": 1})
     assert line == "config: seed: found -1, expected an integer >= 0"
     tree = bag_runs.options(bag, tmp_path / "run", data={"path": "no_such_rows"})

@@ -188,7 +188,7 @@ NAMED_IN = {
     "suites": (
         SUITES.keys() - {"rewards", "tsv", "geneval"},
         "/",
-        {"evaluation/__init__.py", "evaluate/suites.py"},
+        {"evaluation/__init__.py", "evaluation/writers/__init__.py", "evaluate/suites.py"},
     ),
 }
 

@@ -19,7 +19,7 @@ SUITE, WEIGHTS = "suite", "category_weights"
 # With other values of these the pairs would not be pairs: other noise, rows or rules of the score.
 SHARED_SETTINGS = (
     SUITE, "seed", "prompts_sha256", "world", "images_per_prompt", "prompt_style", "matcher",
-    "max_overlap", "method", "version", "score", "data_sha256", "answer_tag",
+    "max_overlap", "method", "version", "score", "data_sha256", "answer_tag", "judge",
 )  # fmt: skip
 
 

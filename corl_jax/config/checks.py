@@ -343,7 +343,7 @@ def _check_fine_tuning(config: Config, problems: Problems) -> None:
             f"of {', '.join(task for task in TASKS if task not in LONG_TASKS)}"
         )
     images_alone = not any(TASKS[task].makes_text for task in chosen)
-    if STAGE_FACTS[config.stage].block == "sft" and images_alone and not config.sft.t2i_weight:
+    if STAGE_FACTS[config.stage].block == "sft" and images_alone and config.sft.t2i_weight == 0:
         problems.add(
             f"sft.t2i_weight: found 0, but sft.tasks {config.sft.tasks} trains images alone; "
             "expected a weight above 0; raise it or choose other tasks"

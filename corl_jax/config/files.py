@@ -37,6 +37,8 @@ from corl_jax.input_files import expand_path, read_text
 
 MAX_BYTES = 4 * MAX_CHARACTERS  # UTF-8 has at most four bytes a character
 COMMAND_LINE = "command line"
+STAGES_KEY = "stages"
+"""Key of the list that `config.chains` reads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Layer:
 
     source: str
     tree: dict[str, Any]
+    place: str = ""  # of the tree in its source, in front of a key, such as "stages[1]."
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -53,7 +56,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         InputError: listing every problem with its origin, a file or the command line, and its key.
     """
-    return _complete(read_layers(Path(expand_path(path))), overrides or [])
+    return _complete_single(read_layers(Path(expand_path(path))), overrides or [])
 
 
 def make_config(base: str | Path | Mapping[str, Any], options: Mapping[str, Any]) -> Config:
@@ -64,6 +67,11 @@ def make_config(base: str | Path | Mapping[str, Any], options: Mapping[str, Any]
     Raises:
         InputError: listing every problem with its origin, a file or an argument, and its key.
     """
+    return _complete_single(make_layers(base, options), [])
+
+
+def make_layers(base: str | Path | Mapping[str, Any], options: Mapping[str, Any]) -> list[Layer]:
+    """Returns the layers of a call in Python; see `make_config`."""
     top: dict[str, Any] = {}
     for key, value in options.items():
         value = simplify(value)
@@ -71,10 +79,10 @@ def make_config(base: str | Path | Mapping[str, Any], options: Mapping[str, Any]
             value = {part: value}
         top = _merge(top, value)
     if isinstance(base, Mapping):
-        below = [Layer("config", _drop_empty_blocks(simplify(base), Config))]
+        below = [Layer("config", drop_empty_blocks(simplify(base), Config))]
     else:
         below = read_layers(Path(expand_path(base)))
-    return _complete([Layer("argument", top), *below] if top else below, [])
+    return [Layer("argument", top), *below] if top else below
 
 
 def simplify(value: Any) -> Any:
@@ -86,14 +94,35 @@ def simplify(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _complete(layers: Sequence[Layer], overrides: Sequence[str]) -> Config:
-    """Returns the config of layers, the first on top, with overrides of the command line."""
-    tree = merge_layers(layers)
-    locations, problems = [], Problems()
-    for text in overrides:
-        with problems.collect(f"{COMMAND_LINE}: "):
-            locations.append(_apply_override(tree, text))
-    config = problems.attempt(_validate, tree, lambda place: _find_origin(place, layers, locations))
+def _complete_single(layers: Sequence[Layer], overrides: Sequence[str]) -> Config:
+    """Returns the config of layers that describe one run. Raises: InputError."""
+    for layer in layers:
+        if layer.tree.get(STAGES_KEY) is not None:
+            raise InputError(
+                f"{layer.source}: {STAGES_KEY}: found several stages, expected one run; only "
+                "`corl-jax train` and `corl-jax plan` take them; a study has `after` instead"
+            )
+    return complete(layers, overrides)
+
+
+def complete(
+    layers: Sequence[Layer], overrides: Sequence[str], own_overrides: Sequence[str] = (),
+    place: str = "",
+) -> Config:  # fmt: skip
+    """Returns the config of layers, the first on top, with overrides of the command line.
+
+    `own_overrides` come last; the command line has `place` in front of their keys.
+
+    Raises:
+        InputError: listing every problem with its origin and its key.
+    """
+    tree, problems = merge_layers(layers), Problems()
+    origins: dict[Location, str] = {}  # location -> what stands in front of its key
+    for start, texts in (("", overrides), (place, own_overrides)):
+        for text in texts:
+            with problems.collect(f"{COMMAND_LINE}: {start}"):
+                origins[_apply_override(tree, text)] = f"{COMMAND_LINE}: {start}"
+    config = problems.attempt(_validate, tree, lambda place: _find_origin(place, layers, origins))
     problems.raise_any()
     assert config is not None  # otherwise there was a problem
     return config
@@ -105,7 +134,7 @@ def validate(tree: dict[str, Any], source: str) -> Config:
     Raises:
         InputError: listing every problem; each begins with `source`.
     """
-    return _validate(tree, lambda _: source)
+    return _validate(tree, lambda _: f"{source}: ")
 
 
 def _validate(tree: dict[str, Any], find_origin: Callable[[Location], str]) -> Config:
@@ -113,7 +142,7 @@ def _validate(tree: dict[str, Any], find_origin: Callable[[Location], str]) -> C
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
         problems = [*explain_errors(error.errors())]
-    raise InputError([f"{find_origin(location)}: {line}" for location, line in problems])
+    raise InputError([f"{find_origin(location)}{line}" for location, line in problems])
 
 
 def dump(config: Config) -> str:
@@ -141,7 +170,7 @@ def read_layers(path: Path, seen: Sequence[Path] = ()) -> list[Layer]:
     if not isinstance(tree, dict):
         raise InputError(f"{path}: found {type(tree).__name__}, expected a mapping of options")
     # Before the merge: an empty block must not hide the block of the base.
-    tree = _drop_empty_blocks(tree, Config)
+    tree = drop_empty_blocks(tree, Config)
     base = tree.pop("base", None)
     if base is None:
         return [Layer(str(path), tree)]
@@ -154,7 +183,7 @@ def read_layers(path: Path, seen: Sequence[Path] = ()) -> list[Layer]:
     return [Layer(str(path), tree), *read_layers(below, [*seen, path.resolve()])]
 
 
-def _drop_empty_blocks(tree: dict[str, Any], section: type[Section]) -> dict[str, Any]:
+def drop_empty_blocks(tree: dict[str, Any], section: type[Section]) -> dict[str, Any]:
     """Returns the tree without blocks and lists that have no value."""
     # In YAML a block whose lines are all comments has the value null.
     values = {}
@@ -166,10 +195,10 @@ def _drop_empty_blocks(tree: dict[str, Any], section: type[Section]) -> dict[str
             continue
         if is_section(inner):
             if isinstance(value, dict):
-                value = _drop_empty_blocks(value, inner)
+                value = drop_empty_blocks(value, inner)
             elif isinstance(value, list):
                 value = [
-                    _drop_empty_blocks(item, inner) if isinstance(item, dict) else item
+                    drop_empty_blocks(item, inner) if isinstance(item, dict) else item
                     for item in value
                 ]
         values[key] = value
@@ -225,18 +254,26 @@ def _explain_argument(text: str, location: Location) -> str:
     return f"found {text!r}, expected key=value" + (f"; {hint}" if hint else "")
 
 
-def _find_origin(location: Location, layers: Sequence[Layer], overrides: Sequence[Location]) -> str:
-    """Returns where the value at a location comes from: the command line, or a file."""
-    place = tuple(map(str, location))
-    if any(place[: len(override)] == override for override in overrides):
-        return COMMAND_LINE
+def _find_origin(
+    location: Location, layers: Sequence[Layer], overrides: Mapping[Location, str]
+) -> str:
+    """Returns what stands in front of the key of a value: its file or "command line", and place.
+
+    `overrides`: the same for each location that the command line has.
+    """
+    key = tuple(map(str, location))
+    for override, origin in reversed([*overrides.items()]):
+        if key[: len(override)] == override:
+            return origin
     for layer in layers:
         if _has_value(layer.tree, location):
-            return layer.source
+            return f"{layer.source}: {layer.place}"
     # A block that only the command line has.
-    if any(override[: len(place)] == place for override in overrides):
-        return COMMAND_LINE
-    return layers[0].source
+    for override, origin in reversed([*overrides.items()]):
+        if override[: len(key)] == key:
+            return origin
+    # Missing in all stages it is missing in their file.
+    return next(f"{layer.source}: " for layer in layers if not layer.place)
 
 
 def _has_value(tree: Any, location: Location) -> bool:

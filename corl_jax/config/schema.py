@@ -296,11 +296,10 @@ class Sft(Section):
         "Tasks to train. mm2t: answers to questions about images; t2i: images; unified: both.",
     )
     caption_column: str | None = option(
-        "caption",
-        "Column with the answers to the captioning instruction. null: captions are not trained.",
+        "caption", "Column with the answers to the captioning instruction. null: no captions."
     )
-    t2i_weight: NonNegativeFloat = option(
-        1.0, "Weight of the image loss; those of the text losses are 1. 0: images are not trained."
+    t2i_weight: NonNegativeFloat | None = option(
+        None, "Weight of the image loss; texts have 1. null: 1, in self_sft_through 0 (no loss)."
     )
     redraw: bool = option(False, "self_sft_through: a fresh image takes the gradient.")
 

@@ -14,6 +14,7 @@ class StageFacts:
     has_rollouts: bool = False  # samples completions and scores their rewards
     compares: bool = False  # learns from the advantages of the completions
     reaches_images: bool = False  # the gradient of an answer flows into the model's own image
+    image_weight: float = 1.0  # of the loss of images in supervised training, if no option sets it
     has_micro_batches: bool = True
     trains_language_model: bool = True  # False: the image tokenizer
 
@@ -27,6 +28,7 @@ STAGE_FACTS = {
     "self_sft_through": StageFacts(
         "supervised fine-tuning through the model's own images",
         block="sft", has_rollouts=True, reaches_images=True,
+        image_weight=0.0,  # as in the paper's eq. 3, which has the loss of the answers alone
     ),
     "vq": StageFacts(
         "training of the image tokenizer",

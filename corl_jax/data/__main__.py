@@ -12,11 +12,7 @@ from pathlib import Path
 
 from corl_jax.data.drawn_world import generator as drawn_world
 from corl_jax.data.drawn_world.scene import SPLITS, WORLDS
-from corl_jax.data.self_questions.generator import (
-    GeneratedRecords,
-    WrittenRecords,
-    write_records,
-)
+from corl_jax.data.self_questions.generator import make_generated_record, write_records
 from corl_jax.data.self_questions.reader import read_excluded, read_records
 from corl_jax.errors import InputError, Problems, exit_on_input_error
 from corl_jax.input_files import parse_path, parse_place
@@ -100,21 +96,23 @@ def _write_drawn_world(args: argparse.Namespace) -> tuple[int, Path]:
 
 def _write_questions(args: argparse.Namespace) -> tuple[int, Path]:
     if args.records:
-        source = WrittenRecords(read_records(args.records), args.records)
-        if not 0 <= args.start < len(source):
+        records = read_records(args.records)
+        if not 0 <= args.start < len(records):
             raise InputError(
-                f"--start: found {args.start}; expected 0 to {len(source) - 1}, as "
-                f"{args.records} has {len(source)} records"
+                f"--start: found {args.start}; expected 0 to {len(records) - 1}, as "
+                f"{args.records} has {len(records)} records"
             )
-    else:
-        limits = {"--rows": (args.rows, 1), "--seed": (args.seed, 0), "--start": (args.start, 0)}
-        if problems := drawn_world.find_number_problems(limits):
-            raise InputError(problems)
-        excluded = read_excluded(args.exclude) if args.exclude else None
-        if excluded is not None:
-            print(f"{len(excluded)} prompts of {args.exclude} are left out")
-        source = GeneratedRecords(args.start + args.rows, args.seed, excluded)
-    return len(source) - args.start, write_records(Path(args.out), source, args.start)
+        rows = records[args.start :]
+        return len(rows), write_records(Path(args.out), rows)
+    limits = {"--rows": (args.rows, 1), "--seed": (args.seed, 0), "--start": (args.start, 0)}
+    if problems := drawn_world.find_number_problems(limits):
+        raise InputError(problems)
+    excluded = read_excluded(args.exclude) if args.exclude else None
+    if excluded is not None:
+        print(f"{len(excluded)} prompts of {args.exclude} are left out")
+    numbers = range(args.start, args.start + args.rows)
+    made = (make_generated_record(args.seed, number, excluded) for number in numbers)
+    return len(numbers), write_records(Path(args.out), made)
 
 
 if __name__ == "__main__":

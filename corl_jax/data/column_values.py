@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import types
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from corl_jax.data.drawn_world.scene import CATEGORIES, RELATIONS
@@ -51,8 +53,13 @@ def read_question_type(value: str | None) -> QuestionType | None:
     return kind
 
 
-def find_value_problem(name: str, value: Any) -> str | None:
-    """Returns the problem of a value of the column `name`, or None. It does not check images."""
+def find_value_problem(
+    name: str, value: Any, columns: Mapping[str, Any] = types.MappingProxyType({})
+) -> str | None:
+    """Returns the problem of a value of the column `name`, or None. It does not check images.
+
+    `columns` are all values of the row, where they are known.
+    """
     # Null is allowed in every column: the reward then does not apply to the row.
     if value is None:
         return None
@@ -61,7 +68,8 @@ def find_value_problem(name: str, value: Any) -> str | None:
     if name == "geneval":
         return _find_demand_problem(value)
     if name == "include":
-        return find_include_problem(value)
+        tag = columns.get("tag")
+        return find_include_problem(value, None if tag is None else str(tag))
     if name == "od_solution" and isinstance(value, list):
         boxes = all(isinstance(box, list) and len(box) == 4 for box in value)
         sides = [side for box in value for side in box] if boxes else []

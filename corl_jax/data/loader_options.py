@@ -10,6 +10,8 @@ from corl_jax.data.images import MAX_PIXELS
 from corl_jax.errors import Problems
 from corl_jax.tasks import TASKS, required_columns
 
+FindProblem = Callable[[Any, Mapping[str, Any]], str | None]
+"""(value, all values of the row) -> what is wrong with the value, or None."""
 MAX_SEED = 2**32 - 1  # grain's shuffle takes 32 bits
 
 
@@ -25,8 +27,8 @@ class LoaderOptions:
     process_count: int = 1  # each process gets an equal part of every batch
     # ---- usable rows
     required: Sequence[str] = ()  # columns that must not be null, besides those of the tasks
-    # column -> function that returns what is wrong with a value, or None
-    readable: Mapping[str, Callable[[Any], str | None]] = dataclasses.field(default_factory=dict)
+    # column -> check of its values
+    readable: Mapping[str, FindProblem] = dataclasses.field(default_factory=dict)
     max_prompt_length: int | None = None  # tokens, image slots included
     max_bad_fraction: float = 0.01  # of rows that cannot be decoded; more end the run
     max_long_fraction: float = 0.5  # of rows over max_prompt_length; more end the run

@@ -146,7 +146,7 @@ class UsableRows:
             if value is None or (isinstance(value, str) and not value.strip()):
                 raise BadRow(f"{name} is {'null' if value is None else 'empty'}")
         for name, find_problem in self._options.readable.items():
-            if problem := find_problem(columns.get(name)):
+            if problem := find_problem(columns.get(name), columns):
                 raise BadRow(f"{name}: {problem}")
         # Tokenised before the image is decoded: a prompt that is too long saves the slower step.
         ids = self.tokenise_prompts(columns)

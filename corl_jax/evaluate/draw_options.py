@@ -25,12 +25,12 @@ MESH_AXES = ("data", "fsdp", "tensor")
 MEGABYTE = 1e6
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, needs_prompts: bool = True) -> None:
     """Adds the options that all suites with images share."""
     add = parser.add_argument
     add("--model", type=parse_place, required=True,
         help="model directory of any of the three kinds, or a hub id")  # fmt: skip
-    add("--prompts", type=parse_path, required=True, nargs="+", metavar="PATH",
+    add("--prompts", type=parse_path, required=needs_prompts, nargs="+", metavar="PATH",
         help="the prompts: a file or folder of the harness, or its clone")  # fmt: skip
     add("--out", type=parse_path, required=True, metavar="DIR",
         help="folder of the images; the same command continues what it holds")  # fmt: skip
@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=TEMPERATURE,
         help="divides the logits (default %(default)g for every checkpoint)")  # fmt: skip
     add("--roles", metavar="pro|old",
-        help="chat roles of the prompt: pro for <|User|>, old for User (default pro, or old if the "
-        "tokenizer has no such token)")  # fmt: skip
+        help="chat roles of the prompt: pro for <|User|>, old for User (default those of "
+        "the checkpoint)")  # fmt: skip
     add("--batch-size", type=int, metavar="N",
         help=f"images drawn at once by a process (default {IMAGES_AT_ONCE} for each part into "
         "which its devices split a batch)")  # fmt: skip

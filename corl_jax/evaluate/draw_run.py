@@ -23,7 +23,12 @@ from corl_jax.devices.mesh import find_layout_problems, make_mesh
 from corl_jax.devices.startup import prepare_devices
 from corl_jax.errors import InputError, Preempted, Problems
 from corl_jax.evaluate.draw_options import IMAGES_AT_ONCE, DrawPlan, make_distributed
-from corl_jax.evaluate.running import explain_batch, open_folder, watch_signals
+from corl_jax.evaluate.running import (
+    explain_batch,
+    open_folder,
+    require_one_process,
+    watch_signals,
+)
 from corl_jax.evaluation.drawing import draw_prompts, round_batch
 from corl_jax.evaluation.image_store import (
     ImageStore,
@@ -63,14 +68,17 @@ class Drawing:
 
 
 @contextlib.contextmanager
-def open_drawing(plan: DrawPlan) -> Iterator[Drawing]:
+def open_drawing(plan: DrawPlan, *, needs_one_process: bool = False) -> Iterator[Drawing]:
     """Draws all missing images of a plan, and yields while the folder is still locked.
 
     Raises:
-        InputError: devices, mesh or folder do not fit the plan.
+        InputError: devices, mesh or folder do not fit the plan, or there are several processes and
+            the plan's suite needs a single one.
         Preempted: a signal came; finished images are kept.
     """
     prepare_devices(make_distributed(plan.args))
+    if needs_one_process:
+        require_one_process(plan.args.suite)
     with processes.fail_together(), contextlib.ExitStack() as stack:
         mesh, batch_size = plan_devices(plan)
         dtype = choose_dtype(plan.args.dtype)

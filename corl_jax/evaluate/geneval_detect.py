@@ -16,13 +16,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corl_jax.errors import InputError, Problems, take_first_line
+from corl_jax.errors import InputError, Problems
 from corl_jax.evaluate.reports import (
     MANIFEST_FILE,
     add_report_options,
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from corl_jax.rewards.networks import CheckedNetwork
 
 BACKENDS = ("jax", "transformers")
-# As GenEval's script matches names: not anchored at the end, so it would read 0000.png.tmp too.
-SAMPLE_NAME = re.compile(r"\d+\.png")
 
 ImageFile = tuple[Path, dict[str, Any]]
 """An image and its demand."""
@@ -130,6 +127,7 @@ def check_arguments(args: argparse.Namespace) -> CheckedInputs:
     """
     from corl_jax.evaluate.geneval_score import check_clip
     from corl_jax.evaluation.geneval.detections import read_rows
+    from corl_jax.evaluation.geneval.folders import list_images
     from corl_jax.evaluation.geneval.summary import parse_results
 
     problems, clip, others = Problems(), None, None
@@ -138,7 +136,7 @@ def check_arguments(args: argparse.Namespace) -> CheckedInputs:
     if args.drawn is None and (args.images / MANIFEST_FILE).is_file():
         args.drawn = args.images
     drawing = problems.attempt(check_report_options, args)
-    images = problems.attempt(list_images, args.images) or []
+    images = problems.attempt(list_images, args.images, read_demand) or []
     detector = problems.attempt(check_detector, args)
     colored = [p for p, demand in images if any("color" in e for e in demand.get("include", ()))]
     if args.clip is not None:
@@ -182,37 +180,6 @@ def check_detector(args: argparse.Namespace) -> CheckedNetwork:
         raise InputError(f"--detector: {problem}" for problem in error.problems) from error
 
 
-def list_images(folder: Path) -> list[ImageFile]:
-    """Returns the images that GenEval's script would read, in order.
-
-    Raises: InputError listing demands and images that cannot be read.
-    """
-    # The --out folder of --suite geneval has them in a folder of their own.
-    root = folder / "images" if (folder / "images").is_dir() else folder
-    try:
-        numbered = [path for path in root.iterdir() if path.name.isdigit() and path.is_dir()]
-    except OSError as error:
-        raise InputError(f"--images: {root}: {take_first_line(error)}") from error
-    problems, images = Problems(), []
-    for path in sorted(numbered, key=lambda path: (int(path.name), path.name)):
-        demand = problems.attempt(read_demand, path / "metadata.jsonl")
-        samples = path / "samples"
-        names = sorted(samples.iterdir()) if samples.is_dir() else []
-        pictures = [p for p in names if SAMPLE_NAME.match(p.name) and p.is_file()]
-        if not pictures:
-            problems.add(f"{samples}: found no images; expected 0000.png and others")
-        for picture in pictures:
-            problems.attempt(check_picture, picture)
-            images.append((picture, demand or {}))
-    if not numbered:
-        problems.add(
-            f"--images: {root}: found no folders that are numbers; expected 00000, 00001, .. as "
-            "--suite geneval writes them"
-        )
-    problems.raise_any()
-    return images
-
-
 def read_demand(path: Path) -> dict[str, Any]:
     """Returns the demand of a folder. Raises: InputError naming the file."""
     from corl_jax.data.geneval_demands import parse_demand
@@ -223,19 +190,6 @@ def read_demand(path: Path) -> dict[str, Any]:
         return parse_demand(text)
     except InputError as error:
         raise InputError(f"{path}: {problem}" for problem in error.problems) from error
-
-
-def check_picture(path: Path) -> None:
-    """Checks the sums in an image file, without decoding it. Raises: InputError."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's errors of a damaged PNG
-        raise InputError(
-            f"{path}: cannot be read ({take_first_line(error)}); draw it again"
-        ) from error
 
 
 # ---- detection

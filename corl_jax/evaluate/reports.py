@@ -40,7 +40,7 @@ def check_report_options(args: argparse.Namespace) -> dict[str, Any]:
     return settings or {}
 
 
-def read_drawing(folder: Path) -> dict[str, Any]:
+def read_drawing(folder: Path, option: str = "--drawn") -> dict[str, Any]:
     """Returns the settings with which a folder's images were drawn. Raises: InputError."""
     path = folder / MANIFEST_FILE
     expected = "the manifest of corl-jax evaluate, an object with `settings`"
@@ -48,9 +48,9 @@ def read_drawing(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"--drawn: {path}: not JSON ({error}); expected {expected}") from None
+        raise InputError(f"{option}: {path}: not JSON ({error}); expected {expected}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("settings"), dict):
-        raise InputError(f"--drawn: {path}: found no settings; expected {expected}")
+        raise InputError(f"{option}: {path}: found no settings; expected {expected}")
     return manifest["settings"]
 
 

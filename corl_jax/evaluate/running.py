@@ -8,8 +8,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from corl_jax.devices.exhausted_memory import explain_memory
 from corl_jax.errors import InputError
+from corl_jax.runs.append_log import AppendLog
 from corl_jax.runs.locking import lock_directory
 
 
@@ -25,6 +28,26 @@ def open_folder(out: Path) -> Iterator[None]:
         raise InputError(f"--out {out}: cannot be made ({error.strerror}); name another") from error
     with lock_directory(out, "--out"):
         yield
+
+
+def require_one_process(suite: str) -> None:
+    """Raises: InputError if several processes run a suite that needs a single one."""
+    if jax.process_count() > 1:
+        raise InputError(
+            f"--suite {suite}: found {jax.process_count()} processes; start one, which uses all "
+            "devices of its host"
+        )
+
+
+def append_line(record: AppendLog, line: bytes) -> None:
+    """Appends a line. Raises: InputError if the disk takes it not."""
+    try:
+        record.add(line)
+    except OSError as error:
+        raise InputError(
+            f"{record.path}: cannot be written ({error.strerror}); make room and give the same "
+            "command again, which continues"
+        ) from error
 
 
 @contextlib.contextmanager

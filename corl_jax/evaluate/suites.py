@@ -34,6 +34,9 @@ COMMAND_SUITES: dict[str, CommandSuite] = {
     "preference": CommandSuite(
         "corl_jax.evaluate.preference", "images of any prompts, scored by preference networks"
     ),
+    "own_answers": CommandSuite(
+        "corl_jax.evaluate.own_answers", "what a model answers about its own images; imbalance"
+    ),
     "geneval-detect": CommandSuite(
         "corl_jax.evaluate.geneval_detect", "GenEval in process: detector, colours and rules"
     ),

@@ -12,14 +12,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
 import corl_jax
 from corl_jax.devices.startup import prepare_devices
 from corl_jax.errors import InputError, Preempted, Problems
 from corl_jax.evaluate import tsv, tsv_folder, tsv_report
-from corl_jax.evaluate.running import explain_batch, open_folder, watch_signals
+from corl_jax.evaluate.running import (
+    append_line,
+    explain_batch,
+    open_folder,
+    require_one_process,
+    watch_signals,
+)
 from corl_jax.evaluation.manifest import find_conflicts, read_manifest
 from corl_jax.evaluation.matching.answer_tags import OPEN
 from corl_jax.evaluation.tsv.images import Source, check_images, find_images, open_image
@@ -59,11 +64,7 @@ def answer_and_rate(args: argparse.Namespace) -> None:
     plan = check_arguments(args)
     tell_plan(plan)
     prepare_devices()
-    if jax.process_count() > 1:
-        raise InputError(
-            f"--suite tsv: found {jax.process_count()} processes; start one, which uses all "
-            "devices of its host"
-        )
+    require_one_process(args.suite)
     dtype = choose_dtype(args.dtype)
     settings = plan.settings | {"dtype": dtype.name}
     raise_conflicts(args.out, settings, ("dtype",))
@@ -274,7 +275,7 @@ def answer_missing(plan: Plan, answers: dict[str, str], dtype: Any) -> dict[str,
     with contextlib.closing(record), bar, watch_signals() as signals, memory:
         for number, text in sample_rows(plan, model, missing, options, signals):
             index = plan.rows[number]["index"]
-            append(record, tsv_folder.format_answer(index, text))
+            append_line(record, tsv_folder.format_answer(index, text))
             new[str(index)] = text
             bar.update()
     return new
@@ -350,14 +351,3 @@ def read_ahead(
         return image
 
     return take
-
-
-def append(record: AppendLog, line: bytes) -> None:
-    """Appends a line. Raises: InputError if the disk takes it not."""
-    try:
-        record.add(line)
-    except OSError as error:
-        raise InputError(
-            f"{record.path}: cannot be written ({error.strerror}); make room and give the same "
-            "command again, which continues"
-        ) from error

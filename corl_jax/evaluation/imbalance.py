@@ -28,7 +28,7 @@ class Trial:
 
     prompt: str  # name of the prompt, for images of the same prompt
     category: str
-    drawn: bool  # the own image shows what the prompt demands
+    drawn: bool | None  # the own image shows what the prompt demands; None if nobody judged it
     answered: bool | None = None  # the question about the own image; None if it was not asked
     foreign_answered: bool | None = None  # the question about an image of another source
 
@@ -78,9 +78,11 @@ def _measure_category(trials: Sequence[Trial]) -> Imbalance:
     own_verdicts = [t.answered for t in trials if t.drawn and t.answered is not None]
     foreign = [t for t in trials if t.foreign_answered is not None]
     understood = [t for t in foreign if t.foreign_answered]
-    drawing = Rate.of(sum(t.drawn for t in trials), len(trials))
+    drawn = [t.drawn for t in trials if t.drawn is not None]
+    drawing = Rate.of(sum(drawn), len(drawn))
     wrong_answers = Rate.of(own_verdicts.count(False), len(own_verdicts))
-    wrong_drawings = Rate.of(sum(not t.drawn for t in understood), len(understood))
+    tried = [t.drawn for t in understood if t.drawn is not None]
+    wrong_drawings = Rate.of(tried.count(False), len(tried))
     answering = Rate.of(own_verdicts.count(True), len(own_verdicts))
     wrong_shares = [wrong_answers]
     if foreign:
@@ -129,7 +131,10 @@ def average_rates(rates: Sequence[Rate | Interval]) -> Interval:
 
 
 def collect_units(trials: Iterable[Trial]) -> list[Unit]:
-    """Returns a unit for each prompt, with the means over its images, for `scores.jsonl`."""
+    """Returns a unit for each prompt, with the means over its images, for `scores.jsonl`.
+
+    `misread` is the share of images that are right and whose question was answered wrongly.
+    """
     by_prompt: dict[tuple[str, str], list[Trial]] = {}
     for trial in trials:
         by_prompt.setdefault((trial.prompt, trial.category), []).append(trial)
@@ -141,8 +146,15 @@ def collect_units(trials: Iterable[Trial]) -> list[Unit]:
 
 def _average_verdicts(trials: Sequence[Trial]) -> Mapping[str, float]:
     verdicts = {
-        "drawn": [t.drawn for t in trials],
+        "drawn": [t.drawn for t in trials if t.drawn is not None],
         "answered": [t.answered for t in trials if t.answered is not None],
+        # Not a share of right images alone: a prompt without one would lack the metric, and two
+        # models could not be compared in pairs.
+        "misread": [
+            bool(t.drawn) and not t.answered
+            for t in trials
+            if t.drawn is False or None not in (t.drawn, t.answered)
+        ],
         "foreign_answered": [t.foreign_answered for t in trials if t.foreign_answered is not None],
     }
     return {name: sum(values) / len(values) for name, values in verdicts.items() if values}

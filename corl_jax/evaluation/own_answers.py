@@ -49,7 +49,7 @@ class OwnAnswersReport:
 
     rates: dict[str, Rate]  # by name without `eval/`
     imbalance: dict[str, Imbalance]  # by tag and MEAN; empty without `spec`
-    answers: AnswerSummary  # about own images
+    answers: dict[str, AnswerSummary]  # about own images, by tag and MEAN
     images: np.ndarray  # [rows, S, S, 3] uint8
     prompts: list[str]
     texts: list[str]
@@ -77,11 +77,15 @@ class OwnAnswersReport:
         if "draw/accuracy" in self.rates:
             gap = self.rates["own/accuracy"].mean - self.rates["draw/accuracy"].mean
             values["eval/hacking_gap"] = gap
-        summary = self.answers
-        return values | {
-            "eval/own/tokens": summary.mean_length, "eval/own/entropy": summary.entropy,
-            "eval/own/empty": summary.empty.mean, "eval/own/cut": summary.cut.mean,
-        }  # fmt: skip
+        for tag, summary in self.answers.items():
+            suffix = "" if tag == MEAN else f"/{tag}"
+            values |= {
+                f"eval/own/tokens{suffix}": summary.mean_length,
+                f"eval/own/entropy{suffix}": summary.entropy,
+                f"eval/own/empty{suffix}": summary.empty.mean,
+                f"eval/own/cut{suffix}": summary.cut.mean,
+            }
+        return values
 
     def scores(self) -> dict[str, tuple[float, float]]:
         """Returns metric -> (mean, standard error) of the accuracies that should not fall."""
@@ -96,7 +100,7 @@ class OwnAnswersReport:
     def draw(self, title: str = "", max_images: int = 64, columns: int = 8) -> pictures.Page:
         """Returns a page of the first images with prompt and answer below each.
 
-        A frame is green for a right answer, else red.
+        A frame is green for a right answer, else red. The rate is added to the title.
         """
         cells = []
         for row, pixels in enumerate(self.images[:max_images]):
@@ -118,8 +122,9 @@ class OwnAnswersReport:
                 )
             )  # fmt: skip
         rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
-        rate = self.rates["own/accuracy"]
-        title = f"{title}: {rate.mean:.1%} of {rate.n} answers about own images are right"
+        if title:
+            rate = self.rates["own/accuracy"]
+            title = f"{title}: {rate.mean:.1%} of {rate.n} answers about own images are right"
         return pictures.draw_page(rows, title=title)
 
 
@@ -142,14 +147,17 @@ class Answers:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A batch with its verdicts; rows that do not count are left out of all but `verdicts`."""
+    """The rows of a batch that count, with their verdicts.
+
+    Verdicts are [rows, 5] int32: number of the tag, image right, answers about own, blank and
+    foreign image right; -1 where there is none.
+    """
 
     images: np.ndarray
     answers: Answers
-    columns: dict[str, list]
-    # [rows of all processes, 5] int32: number of the tag, image right, answers about own, blank
-    # and foreign image right; -1 where there is none, and a whole row of -1 does not count
-    verdicts: np.ndarray
+    prompts: list[str]
+    verdicts: np.ndarray  # of this process's rows
+    all_verdicts: np.ndarray  # of the rows of all processes
 
 
 def evaluate_own_answers(inputs: EvaluationInputs) -> OwnAnswersReport:
@@ -187,26 +195,38 @@ def find_row_problems(columns: Mapping[str, Sequence], names: Sequence[str]) -> 
         elif question != QUESTIONS[tag]:
             problems.add(
                 f"{name}: qa_problem is {str(question)[:60]!r}, but its tag {tag} asks "
-                f"{QUESTIONS[tag]!r}; write the rows with `corl-jax data --kind self_questions`"
+                f"{QUESTIONS[tag]!r}; write the rows with `corl-jax data --kind self_questions`, "
+                "or name the right column in data.columns, as {qa_problem: question}"
             )
     return list(problems)
+
+
+def check_batch(prompts: Prompts) -> None:
+    """Checks that a batch has records. Raises: InputError listing columns or rows."""
+    columns, problems = prompts.columns, Problems()
+    problems.add(
+        f"evaluation: column {name} is missing; found {', '.join(columns)}; the suite "
+        "`own_answers` needs rows as `corl-jax data --kind self_questions` writes them"
+        for name in COLUMNS
+        if name not in columns
+    )
+    problems.raise_any()
+    problems.add(find_row_problems(columns, [f"row {number}" for number in prompts.index]))
+    problems.raise_any()
 
 
 def _judge_batch(
     inputs: EvaluationInputs, prompts: Prompts, counts: np.ndarray, size: int
 ) -> Batch:
+    check_batch(prompts)
     columns = prompts.columns
-    if missing := [name for name in COLUMNS if name not in columns]:
-        raise InputError(
-            f"evaluation: column {missing[0]} is missing; found {', '.join(columns)}; the suite "
-            "`own_answers` needs rows as `corl-jax data --kind self_questions` writes them"
-        )
     images = _draw_images(inputs, prompts, size)
     side = inputs.policy.family.limits(inputs.policy.config).input_image_side
     blank = Image.new("RGB", (side, side), GREY)
     shown = {OWN: [Image.fromarray(x) for x in images], BLANK: [blank] * len(images)}
-    if all(image is not None for image in columns.get(IMAGE_COLUMN, [None])):
-        shown[FOREIGN] = columns[IMAGE_COLUMN]
+    foreign = columns.get(IMAGE_COLUMN)
+    if foreign is not None:  # a row without its image is asked too, as all processes must ask
+        shown[FOREIGN] = [blank if image is None else image for image in foreign]
     answers = {name: _ask(inputs, prompts, pictures, size) for name, pictures in shown.items()}
     tags = [str(tag) for tag in columns["tag"]]
     demands = [read_demand(*pair) for pair in zip(tags, columns["include"], strict=True)]
@@ -220,14 +240,14 @@ def _judge_batch(
                 judge_answer(text, demand) == 1.0
                 for text, demand in zip(answers[name].texts, demands, strict=True)
             ]
+    if foreign is not None:
+        verdicts[[image is None for image in foreign], 4] = -1
     rows = np.flatnonzero(counts)
-    kept_columns = [name for name in (*COLUMNS, SPEC) if name in columns]
+    gathered = inputs.gather(np.where(counts[:, None], verdicts, -1))
     return Batch(
-        images[rows],
-        answers[OWN].take(rows),
-        {name: [columns[name][row] for row in rows] for name in kept_columns},
-        inputs.gather(np.where(counts[:, None], verdicts, -1)),
-    )
+        images[rows], answers[OWN].take(rows), [columns["prompt"][row] for row in rows],
+        verdicts[rows], gathered[gathered[:, 0] >= 0],
+    )  # fmt: skip
 
 
 def _draw_images(inputs: EvaluationInputs, prompts: Prompts, size: int) -> np.ndarray:
@@ -278,31 +298,28 @@ def _ask(
 
 def _make_report(batches: Sequence[Batch]) -> OwnAnswersReport:
     verdicts = np.concatenate([batch.verdicts for batch in batches])
-    verdicts = verdicts[verdicts[:, 0] >= 0]
+    all_verdicts = np.concatenate([batch.all_verdicts for batch in batches])
     texts, lengths, is_cut = (
         [value for batch in batches for value in getattr(batch.answers, field.name)]
         for field in dataclasses.fields(Answers)
     )
-    columns = {
-        name: [value for batch in batches for value in batch.columns[name]]
-        for name in batches[0].columns
-    }
-    images = np.concatenate([batch.images for batch in batches])
-    correct = [
-        judge_answer(text, read_demand(tag, include)) == 1.0
-        for text, tag, include in zip(texts, columns["tag"], columns["include"], strict=True)
+    correct = [bool(verdict) for verdict in verdicts[:, 2]]
+    tags = [TAGS[number] for number in verdicts[:, 0]]
+    answers = [
+        summarize_answers(texts, categories, correct, lengths, is_cut)
+        for categories in ([MEAN] * len(texts), tags)
     ]
-    (summary,) = summarize_answers(
-        texts, [MEAN] * len(texts), correct, lengths, is_cut
-    ).values()  # fmt: skip
+    is_judged = bool((verdicts[:, 1] >= 0).all())
     return OwnAnswersReport(
-        compute_rates(verdicts), _measure_imbalance(verdicts), summary, images, columns["prompt"],
-        texts, correct, check_all(images, columns[SPEC]) if SPEC in columns else None,
+        compute_rates(all_verdicts), _measure_imbalance(all_verdicts), answers[0] | answers[1],
+        np.concatenate([batch.images for batch in batches]),
+        [prompt for batch in batches for prompt in batch.prompts], texts, correct,
+        [bool(verdict) for verdict in verdicts[:, 1]] if is_judged else None,
     )  # fmt: skip
 
 
 def compute_rates(verdicts: np.ndarray) -> dict[str, Rate]:
-    """Computes rates by name, of all rows and of each tag; see `Batch.verdicts`."""
+    """Computes rates by name, of all rows and of each tag; see `Batch`."""
     rates = {}
     for place, name in enumerate(("draw", OWN, BLANK, FOREIGN), 1):
         tried = verdicts[verdicts[:, place] >= 0]

@@ -10,9 +10,11 @@ estimate of the time. Exit code 1: it does not fit.
 from __future__ import annotations
 
 import argparse
+import sys
 
-from corl_jax.config import files as config_files
+from corl_jax.config.chains import has_stages, load_stages, stand_in_starts
 from corl_jax.config.shipped import find_config
+from corl_jax.config.stages import STAGE_FACTS
 from corl_jax.errors import InputError, exit_on_input_error
 
 
@@ -85,11 +87,21 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError("config: missing; expected `corl-jax plan CONFIG --topology ...`")
         args.config = words[0]
         args.overrides.remove(words[0])
-    config = config_files.load(find_config(args.config), args.overrides)
+    stages = load_stages(find_config(args.config), args.overrides)
     # Imported here, so that help and wrong options are answered before jax is loaded.
-    from corl_jax.plan.command import run_plan
+    from corl_jax.plan.command import DOES_NOT_FIT_EXIT_CODE, run_plan
 
-    run_plan(args, config)
+    present = stand_in_starts(stages)
+    sampling = {name: c for name, c in present.items() if STAGE_FACTS[c.stage].has_rollouts}
+    fits = True
+    for name, config in (sampling or present).items():
+        if has_stages(stages):
+            print(f"stage {name}", flush=True)
+        fits &= run_plan(args, config)
+    for name in present.keys() - sampling.keys() if sampling else ():
+        print(f"stage {name} is not planned: it samples no completions")
+    if not fits:
+        sys.exit(DOES_NOT_FIT_EXIT_CODE)
 
 
 if __name__ == "__main__":

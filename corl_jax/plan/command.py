@@ -59,15 +59,19 @@ def find_sizes(path: str, preset: str | None) -> tuple[Family, Sizes]:
     if (folder / "config.json").is_file():
         family = find_family(folder)
         return family, load_config(folder, family.kind)
-    # deepseek-ai/Janus-Pro-1B and a folder my_janus_pro_1b both name janus-pro-1b.
-    plain = path.lower().replace("_", "-")
-    named = next((name for name in PRESETS if name in plain), None)
+    # deepseek-ai/Janus-1.3B and a folder my_janus_1_3b both name janus-1.3b.
+    plain = _simplify_name(path)
+    named = next((name for name in PRESETS if _simplify_name(name) in plain), None)
     if named is None:
         raise InputError(
             f"model.path: found {path!r}, which is no directory with a config.json and names none "
             f"of {', '.join(PRESETS)}; give one by --model"
         )
     return PRESETS[named]
+
+
+def _simplify_name(text: str) -> str:
+    return text.lower().replace("_", "-").replace(".", "-")
 
 
 def find_model_folder(path: str) -> Path:
@@ -201,8 +205,8 @@ def format_estimate(
     ])  # fmt: skip
 
 
-def run_plan(args: argparse.Namespace, config: Config) -> None:
-    """Prints memory, cost and time; ends with DOES_NOT_FIT_EXIT_CODE if it does not fit.
+def run_plan(args: argparse.Namespace, config: Config) -> bool:
+    """Prints memory, cost and time; returns whether it fits, as far as that is known.
 
     Raises:
         InputError: the config does not fit the arguments, or one of them is wrong.
@@ -228,7 +232,7 @@ def run_plan(args: argparse.Namespace, config: Config) -> None:
     print(f"\n{tables.format_resident_table(resident, reserve)}", flush=True)
     if reason := tables.explain_overflow(resident, chip, reserve):
         print(f"  {reason}")
-        sys.exit(DOES_NOT_FIT_EXIT_CODE)
+        return False
     with jax.set_mesh(outline.mesh):
         for program in planned:
             print(f"compiling: {program.name}", file=sys.stderr, flush=True)
@@ -240,5 +244,4 @@ def run_plan(args: argparse.Namespace, config: Config) -> None:
         tables.format_iteration(compiled, chip),
     ):
         print(f"\n{part}")
-    if tables.fits(compiled, chip, reserve) is False:
-        sys.exit(DOES_NOT_FIT_EXIT_CODE)
+    return tables.fits(compiled, chip, reserve) is not False

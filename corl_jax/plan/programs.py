@@ -20,6 +20,7 @@ from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.devices.mesh import batch_sharding, param_shardings
 from corl_jax.params import merge, partition
 from corl_jax.policies.choices import split_steps
+from corl_jax.policies.family import NOISE_KEYS
 from corl_jax.tasks import CODES, TASKS, TEXT, image_tasks, name_turns
 from corl_jax.train import build
 from corl_jax.train.memory import count_turn_tokens, get_segment_length
@@ -27,7 +28,7 @@ from corl_jax.train.optimizer import make_optimizer, master_dtype
 from corl_jax.train.reference import cast_reference, has_own_copy, has_reference
 from corl_jax.train.resolve import RunOutline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
-from corl_jax.types import EncodedPrompts, Params
+from corl_jax.types import EncodedPrompts, Params, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +146,14 @@ def make_batch(
     count = config.train.prompts_per_step
     rows = count * config.rollout.group_size
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(outline.mesh))
+    # Supervised stages learn without the sampler's log-probs, and without advantages.
+    compares = outline.stage.compares
+
+    def prepare_for_learning(segment: Segment) -> Segment:
+        bits = jax.random.key_data(jax.random.key(0))
+        noise = {NOISE_KEYS: shape((rows, *bits.shape), bits.dtype)}
+        replay = segment.replay | noise if segment.kind == CODES else {}
+        return dataclasses.replace(segment, logprobs=None, replay=replay)
 
     samplers, params = build.make_samplers(outline), outline.family.abstract(outline.sizes)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
@@ -153,12 +162,15 @@ def make_batch(
         prompts = make_prompts(outline, task, count, lengths)
         # Only the sampler knows what it records for scoring.
         sampled = jax.eval_shape(samplers[task], params, prompts, keys)
-        segments = attach_shardings(sampled, batch_sharding(outline.mesh))
+        segments = tuple(
+            segment if compares else prepare_for_learning(segment)
+            for segment in attach_shardings(sampled, batch_sharding(outline.mesh))
+        )
         logprobs = tuple(shape(segment.mask.shape, jnp.float32) for segment in segments)
         return TaskBatch(
             prompts,
             segments,
-            shape((rows,), jnp.float32),
+            shape((rows,), jnp.float32) if compares else None,
             turns=TASKS[task].turn_kinds,
             **dict.fromkeys(extra, logprobs),
         )

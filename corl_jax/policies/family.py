@@ -257,7 +257,7 @@ class Family:
     hidden_states: HiddenStates | None = None
     # (sizes, params, pixels) -> (loss, metrics): the stage that trains the image tokenizer
     tokenizer_loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
-    # (processor, name of a pair or None for the usual one) -> the processor with these chat roles
+    # (processor, name of a pair; None: the checkpoint's) -> the processor with these chat roles
     choose_roles: Callable[[Any, str | None], ChatRoles] | None = None
     # (processor, uint8 [N, S, S, 3] of `input_image_side`) -> pixel values as `encode` makes them,
     # on the device. Without it, rewards let `encode` make them on the host, which takes longer.

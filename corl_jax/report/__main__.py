@@ -6,7 +6,8 @@ RUN is a run directory (`output_dir` of a training), finished or not. The page s
 trained, the evaluations before and after with their 95% intervals, images before and after, curves,
 the best and the worst groups of completions, phases and options. Several runs are compared: a
 column each in the tables, a line each in the charts. A training writes the same page of itself at
-its end, as `report.html` in its run directory. For the folder of a study it is the study's page.
+its end, as `report.html` in its run directory. The output_dir of several stages stands for the run
+of each. For the folder of a study it is the study's page.
 
 --figures writes files for a README or a paper: before_after.png (images of the first run) and
 curves.svg (evaluations and rewards of all runs). The page is then written only if --out is given.
@@ -18,6 +19,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from corl_jax.config.chains import list_folders
 from corl_jax.errors import InputError, Problems, exit_on_input_error
 from corl_jax.input_files import parse_path
 
@@ -92,6 +94,7 @@ def check_run(run: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     args = build_parser().parse_args(argv)
+    args.runs = [run for path in args.runs for run in list_folders(path) or [path]]
     check_arguments(args)
     if is_study(args.runs):
         from corl_jax.study.page import write_study_page

@@ -5,6 +5,7 @@ corl-jax train CONFIG [key=value ...]
 CONFIG is a YAML file, or the name of a config that comes with the package (`corl-jax configs`).
 An option may also be given as --key value. Rerunning the same command resumes from the newest sound
 checkpoint of its output_dir. SIGTERM or Ctrl-C saves after the step that runs, and exits with 75.
+If the config lists several stages, key=value holds for all, and stages.NAME.key=value for one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
-from corl_jax.config import files as config_files
+from corl_jax.config.chains import dump_stages, load_stages
 from corl_jax.config.options import describe
 from corl_jax.config.origins import record_command
 from corl_jax.config.shipped import find_config
@@ -87,15 +88,15 @@ def main(argv: list[str] | None = None) -> None:
             "config: missing; expected `corl-jax train CONFIG`, a YAML file or one of the names "
             "that `corl-jax configs` lists"
         )
-    config = config_files.load(find_config(args.config), args.overrides)
+    stages = load_stages(find_config(args.config), args.overrides)
     if args.print_config:
-        print(config_files.dump(config), end="")
+        print(dump_stages(stages), end="")
         return
     # Imported here, so that help and wrong options are answered before jax is loaded.
-    from corl_jax.train.command import run_config
+    from corl_jax.train.chain import run_stages
 
-    run_config(
-        config, record_command(args.config, args.overrides),
+    run_stages(
+        stages, record_command(args.config, args.overrides),
         check_only=args.check, allow_changes=args.allow_changed_config,
     )  # fmt: skip
 

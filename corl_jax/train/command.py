@@ -73,9 +73,14 @@ def run_config(
         if check_only:
             check_config(config)
             return 0
-        planned = dataclasses.replace(resolve_run(config), origin=origin)
-        warn_of_unused_options(planned)
-        return run_training(planned, interruption, allow_changes)
+        return run_training(plan_run(config, origin), interruption, allow_changes)
+
+
+def plan_run(config: Config, origin: Origin | None) -> ResolvedRun:
+    """Resolves a config and prints a warning for each option without effect. Raises: InputError."""
+    planned = dataclasses.replace(resolve_run(config), origin=origin)
+    warn_of_unused_options(planned)
+    return planned
 
 
 def check_config(config: Config) -> None:

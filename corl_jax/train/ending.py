@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from corl_jax.config.chains import STAGES_KEY, list_folders
 from corl_jax.config.schema import Config
 from corl_jax.devices import processes
 from corl_jax.errors import InputError
@@ -119,7 +120,8 @@ def describe_end(planned: ResolvedRun, directory: RunDir, nothing_to_do: bool = 
     if (report := directory.path(REPORT)).exists():
         rows.append(("report", f"{report}, for a browser"))
     rows += [("next", command) for command in suggest_commands(planned, directory)]
-    if nothing_to_do:
+    # A stage that is extended after the next one has begun is no longer what that one began from.
+    if nothing_to_do and directory.root not in list_folders(directory.root.parent)[:-1]:
         rows.append(("extend", suggest_extension(planned)))
     return align_rows(rows)
 
@@ -206,10 +208,12 @@ def read_example(planned: ResolvedRun) -> tuple[str, str]:
 
 def suggest_extension(planned: ResolvedRun) -> str:
     """Returns how the same command trains for longer."""
-    train = planned.config.train
+    train, folder = planned.config.train, Path(planned.config.output_dir)
     option = f"train.max_steps={2 * planned.steps}"
     if train.max_steps is None:
         option = f"train.epochs={2 * train.epochs:g}"
+    if folder in list_folders(folder.parent):
+        option = f"{STAGES_KEY}.{folder.name}.{option}"
     return f"the same command with, for example, {option} --allow-changed-config"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from corl_jax.config import files as config_files
+from corl_jax.config.chains import Stages, make_stages
 from corl_jax.config.origins import record_call
 from corl_jax.config.schema import Config
 from corl_jax.config.shipped import find_config
@@ -18,7 +18,7 @@ from corl_jax.config.shipped import find_config
 class TrainingResult:
     """The state of a run when its training has ended."""
 
-    output_dir: Path  # docs/reference/run_directory.md lists its files
+    output_dir: Path  # docs/reference/run_directory.md lists its files; of several stages the last
     steps: int  # done since the run began; fewer than planned after train.stop_after
     export: Path | None  # the trained model; None before the last step, or without an export
     first_evaluation: dict[str, Any] | None  # step, and metrics eval/...; None without evaluation
@@ -49,26 +49,26 @@ def train(
         Preempted: as above.
         GuardError, RewardError, SaveError: as described in corl_jax.errors.
     """
-    from corl_jax.train.command import run_config
+    from corl_jax.train.chain import run_stages
 
     changes = {**(overrides or {}), **options}
-    chosen = read_config(config, changes)
-    steps = run_config(
-        chosen, record_call(config, changes), allow_changes=allow_changed_config, ends_process=False
-    )
-    return describe_result(Path(chosen.output_dir), steps)
+    output_dir, steps = run_stages(
+        read_stages(config, changes), record_call(config, changes),
+        allow_changes=allow_changed_config, ends_process=False,
+    )  # fmt: skip
+    return describe_result(Path(output_dir), steps)
 
 
-def read_config(
+def read_stages(
     config: str | os.PathLike[str] | Mapping[str, Any] | Config, options: Mapping[str, Any]
-) -> Config:
-    """Returns the config of a call of `train`. Raises: InputError listing every problem."""
+) -> Stages:
+    """Returns the stages of a call of `train`. Raises: InputError listing every problem."""
     if isinstance(config, Config):
         if not options:
-            return config
-        return config_files.make_config(config.model_dump(mode="json"), options)
+            return {"": config}
+        return make_stages(config.model_dump(mode="json"), options)
     base = config if isinstance(config, Mapping) else find_config(os.fspath(config))
-    return config_files.make_config(base, options)
+    return make_stages(base, options)
 
 
 def describe_result(output_dir: Path, steps: int) -> TrainingResult:

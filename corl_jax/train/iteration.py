@@ -47,6 +47,7 @@ from corl_jax.train.redraw import replace_flat_groups
 from corl_jax.train.rollout_metrics import count_tokens, describe_rollouts, has_ended
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import RATIO_SHARES, Batch, TaskBatch, TrainState
+from corl_jax.train.tag_rewards import average_by_tag
 from corl_jax.types import Params, Prompts, Rollout
 
 
@@ -85,7 +86,8 @@ def describe(
     eos = run.processor.special.eos
     numbers = describe_rollouts(drawn.rollouts, eos=eos, group_size=run.group_size)
     tokens = {f"{name}/tokens": count for name, count in drawn.tokens.texts.items()}
-    metrics = updates[-1] | first | to_metrics({**stats, **numbers.metrics, **tokens})
+    by_tag = average_by_tag(run, drawn)
+    metrics = updates[-1] | first | to_metrics({**stats, **numbers.metrics, **tokens, **by_tag})
     # A histogram is no number of the log.
     shares = {name: metrics.pop(name).value for name in [*metrics] if name.endswith(RATIO_SHARES)}
     costs, failed = list_costs(run, drawn)

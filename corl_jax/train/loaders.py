@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from corl_jax.config.checks import check_warmup
@@ -16,6 +16,7 @@ from corl_jax.data.dataset import (
     Source,
     split_held_out_rows,
 )
+from corl_jax.data.loader_options import FindProblem
 from corl_jax.data.sources import open_source
 from corl_jax.errors import InputError
 from corl_jax.evaluation import SUITES
@@ -112,7 +113,7 @@ def count_steps(config: Config, loader: Loader) -> int:
 
 def make_column_checks(
     config: Config, stage: Stage, rewards: Sequence[registry.BoundReward]
-) -> dict[str, Callable[[Any], str | None]]:
+) -> dict[str, FindProblem]:
     """Returns a check of each column that the stage and the built-in rewards read.
 
     Images are checked elsewhere, and a user's reward may read any value.

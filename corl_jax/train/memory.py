@@ -132,16 +132,18 @@ def estimate_outline(
         "gradients": num_trained * master,
         COMPUTE_COPY: (num_trained + copied) * width,
     }
+    turns = {name: x for task in outline.tasks for name, x in name_turns(task).items()}
     if outline.stage.samples:
         second = has_reference(outline) and has_own_copy(config)
         estimate["reference"] = num_trained * get_number_bytes(config) if second else 0
         estimate["reward networks"] = network_bytes
         # The tasks are sampled one after the other, so only the largest cache counts.
-        turns = {name: x for task in outline.tasks for name, x in name_turns(task).items()}
-        caches = [_count_cache(outline, turn, prompts[name]) for name, turn in turns.items()]
+        caches = [
+            _count_cache(outline, turn, prompts[name], is_shared=name in TASKS)
+            for name, turn in turns.items()
+        ]
         estimate["sampling caches (largest task)"] = max(caches) * width
     if outline.stage.uses_language_model:
-        turns = {name: x for task in outline.tasks for name, x in name_turns(task).items()}
         numbers = [_count_activations(outline, x, prompts[name]) for name, x in turns.items()]
         estimate["activations (kept by remat)"] = max(numbers) * width
         scores = [_count_scores(outline, x, prompts[name]) for name, x in turns.items()]
@@ -202,16 +204,19 @@ def _count_network_bytes(plan: ResolvedRun) -> int:
     return max(sizes, default=0) if plan.config.networks.offload else sum(sizes)
 
 
-def _count_cache(plan: RunOutline, turn: Turn, prompt: int) -> int:
-    """Counts the numbers in the key and value caches of one device's rows, all layers."""
+def _count_cache(plan: RunOutline, turn: Turn, prompt: int, *, is_shared: bool) -> int:
+    """Counts the numbers in the key and value caches of one device's rows, all layers.
+
+    `is_shared`: completions share their prompt's keys and values, as in the first turn of a task.
+    """
     config, limits = plan.config, plan.limits
     prompts = config.rollout.batch_prompts or config.train.prompts_per_step
     if turn.segments[-1] == CODES and config.rollout.cfg_scale != 1:
         prompts *= 2  # guidance decodes a second row without the prompt
-    # The completions of a prompt share its keys and values.
     group = config.rollout.group_size + RECIPES[config.algorithm.name].uses_greedy
     cached = [kind for kind in turn.segments if kind != CODES or limits.caches_codes]
-    tokens = prompt + group * sum(get_segment_length(plan, kind) for kind in cached)
+    completion = sum(get_segment_length(plan, kind) for kind in cached)
+    tokens = prompt * (1 if is_shared else group) + group * completion
     per_token = 2 * limits.layers * limits.kv_heads * limits.head_dim
     share = num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"]
     return prompts * tokens * per_token // share

@@ -3,7 +3,8 @@
 The model draws an image of each prompt, answers the question about it, and is scored as in
 reinforcement learning. Then it learns the true answer of the row about its own image. It also
 learns the codes of the images whose answer was right, because such an image shows what was asked.
-In `self_sft` no gradient flows from an answer into its image, in `self_sft_through` it does.
+In `self_sft` no gradient flows from an answer into its image, in `self_sft_through` it does, and
+there the codes are learned only if `sft.t2i_weight` says so.
 
 Source: showlab/UniRL (arXiv 2505.23380), detached and end to end; the loss of the images is ours.
 """
@@ -22,7 +23,7 @@ from corl_jax.tasks import SELF_QUESTIONING, TASKS, name_segments
 from corl_jax.train.drawn import Scored
 from corl_jax.train.iteration import compare, describe, draw
 from corl_jax.train.run import Run, put_batch
-from corl_jax.train.sft import make_noise_bits, make_targets
+from corl_jax.train.sft import choose_image_weight, make_noise_bits, make_targets
 from corl_jax.train.step import TaskBatch, TrainState
 from corl_jax.types import Prompts, Rollout
 
@@ -33,7 +34,7 @@ def weigh_segments(config: Config) -> dict[str, float]:
     """Returns the weight of the loss of images and of answers, by metric prefix."""
     (task,) = SELF_QUESTIONING
     image, answer = name_segments(task, TASKS[task].segments)
-    return {image: config.sft.t2i_weight, answer: 1.0}
+    return {image: choose_image_weight(config), answer: 1.0}
 
 
 def self_sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
@@ -56,11 +57,10 @@ def self_sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int)
 
 
 def find_right_images(run: Run, task: str, scored: Scored) -> np.ndarray:
-    """Returns [N] bool: whether the rewards that have a weight say that the answer is right."""
-    trained = [reward for reward in run.rewards[task] if reward.weight]
-    total = sum(reward.weight * scored.rewards[reward.name] for reward in trained)
+    """Returns [N] bool: whether every reward with a weight is 1, which says that all is right."""
+    rewards = [scored.rewards[reward.name] for reward in run.rewards[task] if reward.weight]
     # NaN, where a reward does not apply, is not right.
-    return np.asarray(total >= sum(reward.weight for reward in trained))
+    return np.all(np.stack(rewards) >= 1, axis=0)
 
 
 def make_batch(run: Run, rollout: Rollout, prompts: Prompts, is_right: np.ndarray) -> TaskBatch:
@@ -72,7 +72,8 @@ def make_batch(run: Run, rollout: Rollout, prompts: Prompts, is_right: np.ndarra
     # Noise of its own, apart from that of sampling, which the chosen codes depend on.
     bits = make_noise_bits(run, prompts, rollout.group_size)
     codes = dataclasses.replace(
-        codes, mask=codes.mask & right_rows[:, None], logprobs=None, replay={NOISE_KEYS: bits}
-    )
+        codes, mask=codes.mask & right_rows[:, None], logprobs=None,
+        replay=codes.replay | {NOISE_KEYS: bits},
+    )  # fmt: skip
     (task,) = run.tasks
     return TaskBatch(rollout.prompts, (codes, targets), turns=TASKS[task].turn_kinds)

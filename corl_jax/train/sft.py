@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from corl_jax.config.schema import Config
+from corl_jax.config.stages import STAGE_FACTS
 from corl_jax.data import instructions
 from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
 from corl_jax.data.images import fit_pixels
@@ -35,6 +37,12 @@ NOISE_STREAM = (1 << 16) + 1
 
 CFG_DROPOUT = 0.1
 """Fraction of image prompts that are blanked: guidance needs a model that knows blank prompts."""
+
+
+def choose_image_weight(config: Config) -> float:
+    """Returns the weight of the loss of images: the option's, or else the stage's."""
+    weight = config.sft.t2i_weight
+    return STAGE_FACTS[config.stage].image_weight if weight is None else weight
 
 
 def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):

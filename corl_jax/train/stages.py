@@ -86,7 +86,7 @@ def _weigh_rl_tasks(config: Config) -> dict[str, float]:
 
 
 def _weigh_sft_batches(config: Config) -> dict[str, float]:
-    weight = config.sft.t2i_weight
+    weight = sft.choose_image_weight(config)
     weights = {name: 1.0 if task.makes_text else weight for name, task in TASKS.items()}
     # Captions are no task, but a third kind of completion beside them.
     return weights | {sft.CAPTION: 1.0}

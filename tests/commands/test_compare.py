@@ -115,6 +115,8 @@ def test_folders_that_are_no_pairs(tmp_path, capsys):
     assert "setting seed" not in printed  # other suites have other settings
     other = write_folder(tmp_path / "reseeded", make_units([0, 1, 1]), seed=21)
     assert "setting seed: A has 20, B has 21" in refuse(capsys, a, other)
+    judged = write_folder(tmp_path / "judged", make_units([0, 1, 1]), judge="qwen")
+    assert "setting judge: A has None, B has qwen" in refuse(capsys, a, judged)
     moved = write_folder(tmp_path / "moved", make_units([0, 1, 1], "position", "score"))
     printed = refuse(capsys, a, moved)
     assert "3 units have another category in B than in A, such as 00000 with colors" in printed

@@ -19,6 +19,7 @@ import yaml
 from corl_jax.cli import COMMANDS
 from corl_jax.config import files as config_files
 from corl_jax.config import options
+from corl_jax.config.chains import dump_stages, load_stages
 from corl_jax.config.checks import find_unused_options
 from corl_jax.config.schema import Compat, Config, EvalSuite, Reward, Section
 from corl_jax.config.shipped import describe_config, list_configs, list_studies
@@ -34,10 +35,12 @@ from corl_jax.train.stages import STAGES as STAGE_TABLE
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS, DOCS = ROOT / "configs", ROOT / "docs"
 FILES = [f"{name}.yaml" for name in list_configs()]
-PAPER = [name for name in FILES if name.startswith("janus_pro_")]
+PAPER = [name for name in FILES if name.startswith(("janus_pro_", "janus_1_3b"))]
 STAGES = ("unified", "refined_t2i", "refined_mc", "refined_oe")
 # Beside unified training: each task alone, both in turn, and supervised training.
 PARADIGMS = ("t2i", "mm2t", "alternating", "cold_sft")
+# Training on own images.
+SELF = ("self_qa", "self_sft", "self_sft_through")
 DEVICES = (1, 2, 4, 8)
 # 12 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
 # few configs set one. 3 belong to models that draw the codes of an image in any order.
@@ -63,6 +66,11 @@ REWARDS = {
 
 def load(name: str) -> Config:
     return config_files.load(CONFIGS / name)
+
+
+def load_runs(name: str) -> list[Config]:
+    """The config of each stage of a file."""
+    return [*load_stages(CONFIGS / name).values()]
 
 
 def flat(config: Config) -> dict:
@@ -97,39 +105,41 @@ def test_the_promised_configs_are_there():
     promised |= {f"janus_pro_{size}/released.yaml" for size in ("1b", "7b")}
     promised |= {f"{model}/{name}.yaml" for model in ("janus_pro_1b", "mini") for name in PARADIGMS}
     promised |= {"quickstart.yaml", "mini/unified.yaml"}
+    promised |= {f"janus_1_3b/{name}.yaml" for name in (*SELF, "tpu_v5e_16")}
     promised |= {"mini/refined_t2i.yaml", "mini/refined_mm2t.yaml"}
     assert promised <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_config_loads_and_its_rewards_fit_its_tasks(name):
-    config = load(name)
-    bound = registry.bind_rewards(config.rewards, config.compat)
-    stage = STAGE_TABLE[config.stage]
-    if not stage.samples:
-        assert not config.rewards
-        return
-    by_task = registry.group_by_task(bound, stage.tasks(config))
-    assert all(by_task.values()) and sum(map(len, by_task.values())) == len(bound)
+    for config in load_runs(name):
+        bound = registry.bind_rewards(config.rewards, config.compat)
+        stage = STAGE_TABLE[config.stage]
+        if not stage.samples:
+            assert not config.rewards
+            continue
+        by_task = registry.group_by_task(bound, stage.tasks(config))
+        assert all(by_task.values()) and sum(map(len, by_task.values())) == len(bound)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_config_survives_being_written_out(name, tmp_path):
-    config = load(name)
-    (tmp_path / "again.yaml").write_text(config_files.dump(config))
-    assert config_files.load(tmp_path / "again.yaml") == config
+    stages = load_stages(CONFIGS / name)
+    (tmp_path / "again.yaml").write_text(dump_stages(stages))
+    assert load_stages(tmp_path / "again.yaml") == stages
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_trainable_patterns_match_parameters(name):
     shapes = network.abstract(network.PRESETS["janus-pro-1b"])
-    trained, frozen = partition(shapes, load(name).train.trainable or FAMILY.trainable)
-    assert trained and frozen
+    for config in load_runs(name):
+        trained, frozen = partition(shapes, config.train.trainable or FAMILY.trainable)
+        assert trained and frozen
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_config_has_no_option_without_effect(name):
-    assert not find_unused_options(load(name))
+    assert not any(map(find_unused_options, load_runs(name)))
 
 
 def test_there_are_few_options():
@@ -144,7 +154,7 @@ def test_there_are_few_options():
 
 
 def test_run_directories_are_distinct():
-    folders = [load(name).output_dir for name in FILES]
+    folders = [config.output_dir for name in FILES for config in load_runs(name)]
     assert len(set(folders)) == len(folders)
 
 
@@ -306,6 +316,21 @@ def test_released_is_unified_with_the_scripts_values_and_every_switch():
     assert (released.seed, released.optimizer.learning_rate) == (42, 4e-6)
 
 
+def test_training_on_own_images_differs_in_the_stage_alone():
+    """The published rate, group and prompts a step; beta for means over tokens."""
+    first, supervised, through = (load(f"janus_1_3b/{name}.yaml") for name in SELF)
+    assert (first.optimizer.learning_rate, first.rollout.group_size) == (1e-5, 8)
+    assert (first.train.prompts_per_step, first.train.max_steps) == (8, 500)
+    assert (first.optimizer.schedule, first.optimizer.warmup_steps) == ("constant", 20)
+    assert (first.rollout.cfg_scale, first.rollout.max_new_tokens) == (5.0, 32)
+    assert (first.algorithm.tasks, first.algorithm.kl_coef) == ("self_qa", 0.02)
+    assert first.model.path == "deepseek-ai/Janus-1.3B"
+    unread = {"algorithm.tasks", "algorithm.kl_coef"}
+    assert differing(first, supervised) == {"output_dir", "stage"} | unread
+    assert differing(supervised, through) == {"output_dir", "stage"}
+    assert (supervised.stage, through.stage) == ("self_sft", "self_sft_through")
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_batches_split_over_up_to_eight_devices(name):
     config = load(name)
@@ -329,7 +354,7 @@ def test_prompt_and_completion_fit_the_models_positions(name):
 @pytest.mark.parametrize("name", FILES)
 def test_a_wrong_key_on_top_of_any_config_is_refused(name):
     with pytest.raises(InputError, match=r"did you mean optimizer\.learning_rate\?"):
-        config_files.load(CONFIGS / name, ["optimizer.learning_rat=1"])
+        load_stages(CONFIGS / name, ["optimizer.learning_rat=1"])
 
 
 # ---- docs/reference/configuration.md

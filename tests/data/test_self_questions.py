@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -13,7 +15,8 @@ from corl_jax.data import __main__ as data_command
 from corl_jax.data.column_values import find_value_problem
 from corl_jax.data.drawn_world import checker
 from corl_jax.data.drawn_world import generator as drawn_world
-from corl_jax.data.self_questions.generator import GeneratedRecords, make_generated_record
+from corl_jax.data.loader_options import LoaderOptions
+from corl_jax.data.self_questions.generator import make_generated_record, write_records
 from corl_jax.data.self_questions.known import KNOWN_OBJECTS
 from corl_jax.data.self_questions.objects import (
     COCO_OBJECTS,
@@ -26,7 +29,10 @@ from corl_jax.data.self_questions.objects import (
 )
 from corl_jax.data.self_questions.reader import read_excluded, read_records
 from corl_jax.data.self_questions.records import COLUMNS, make_record
+from corl_jax.data.sources import open_source
+from corl_jax.data.usable_rows import UsableRows
 from corl_jax.errors import InputError
+from corl_jax.rewards.self_answers import judge_answer, read_demand
 
 # Tag, objects -> prompt, question, answer: a row of each kind as the published file has it.
 PUBLISHED = [
@@ -69,6 +75,16 @@ def test_templates_are_the_published_ones(tag, include, prompt, question, answer
     assert list(record.as_row()) == list(COLUMNS)
 
 
+@pytest.mark.parametrize(
+    ("noun", "count", "words"),
+    [("toothbrush", 2, "two toothbrushs"), ("person", 3, "three persons")],
+)
+def test_the_answer_to_counting_has_the_words_of_a_given_prompt(noun, count, words):
+    record = make_record("counting", [{"class": noun, "count": count}], f"a photo of {words}")
+    assert record.answer == words
+    assert judge_answer(words, read_demand(record.tag, record.include), strict=True) == 1.0
+
+
 def test_counting_forbids_one_object_more():
     line = make_record("counting", [{"class": "clock", "count": 2}]).as_json()
     assert line["exclude"] == [{"class": "clock", "count": 3}]
@@ -94,7 +110,6 @@ def test_a_record_depends_on_seed_and_index_alone():
     backwards = [make_generated_record(3, index) for index in reversed(range(40))]
     assert [make_generated_record(3, index) for index in range(40)] == backwards[::-1]
     assert make_generated_record(3, 0) != make_generated_record(4, 0)
-    assert GeneratedRecords(40, 3)[7] == make_generated_record(3, 7).as_row()
 
 
 def test_categories_and_their_parts_are_equally_likely():
@@ -206,6 +221,26 @@ def test_an_own_object_needs_its_plural_only(tmp_path):
     assert record.prompt == "a photo of three robots"
     path = write_lines(tmp_path / "r.jsonl", [record.as_json()])
     assert read_records(path) == [record]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"class": "robot"}, '"plural": TEXT'),
+        ({"count": 1}, "count: found 1; expected 2 to 12 for tag counting"),
+    ],
+)
+def test_a_row_whose_answers_cannot_be_judged_is_left_out_before_it_is_used(change, part, tmp_path):
+    first, second = (make_record("counting", [{"class": "dog", "count": n}]) for n in (2, 3))
+    first = dataclasses.replace(first, include=[{"class": "dog", "count": 2} | change])
+    source = open_source(str(write_records(tmp_path / "rows", [first, second])))
+    check = functools.partial(find_value_problem, "include")
+    options = LoaderOptions(tasks=(), batch_size=1, seed=0, readable={"include": check})
+    usable = UsableRows(source, None, dataclasses.replace(options, max_bad_fraction=0.5))
+    assert usable[0].columns == second.as_row() and usable.left_out["bad"] == [0]
+    with pytest.raises(InputError) as error:
+        UsableRows(source, None, options)[0]
+    assert part in str(error.value)
 
 
 @pytest.mark.parametrize("world", ["small", "full"])

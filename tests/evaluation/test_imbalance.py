@@ -89,8 +89,12 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 def test_units_are_prompts_with_their_images():
     units = collect_units([*COLORS, Trial("k0", "colors", False)])
     assert [unit.name for unit in units] == ["k0", "k1", "k2", "k3"]
-    assert units[0].values == {"drawn": 0.5, "answered": 1.0}
-    assert units[3].values == {"drawn": 0.0}
+    assert units[0].values == {"drawn": 0.5, "answered": 1.0, "misread": 0.0}
+    assert units[3].values == {"drawn": 0.0, "misread": 0.0}
+    (unit,) = collect_units([Trial("p", "colors", True, False), Trial("p", "colors", False, False)])
+    assert unit.values == {"drawn": 0.5, "answered": 0.0, "misread": 0.5}
+    (unit,) = collect_units([Trial("p", "colors", None, True)])
+    assert unit.values == {"answered": 1.0}
 
 
 def test_answers_are_summarised_by_category():

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -24,36 +21,13 @@ from corl_jax.evaluation.same_answer import (
     write_judge_prompt,
     write_messages,
 )
+from tests.support.judge_server import serve_judge
 
 
 @pytest.fixture
 def server():
-    """A judge that finds equal texts the same; `failures` are statuses of the first requests."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            http.requests.append((self.path, body, self.headers.get("Authorization")))
-            status = http.failures.pop(0) if http.failures else 200
-            said = "not same" if "cat" in body["messages"][1]["content"] else "Same"
-            content = http.content or json.dumps({"choices": [{"message": {"content": said}}]})
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content.encode())
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.requests, http.failures, http.content = [], [], None
-    http.url = f"http://127.0.0.1:{http.server_port}"
-    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
-    thread.start()
-    yield http
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    with serve_judge() as http:
+        yield http
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from corl_jax.params import leaf_paths
 from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, StraightThrough
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.image_settings import ImageSettings
-from corl_jax.policies.janus.soft_images import draw_noise, score_codes
+from corl_jax.policies.janus.soft_images import choose_vectors, draw_noise, score_codes
 from corl_jax.tasks import TASKS
 from corl_jax.train import step
 from tests.parity import torch_janus
@@ -188,3 +189,32 @@ def test_scores_are_those_of_gumbel_noise_whose_winner_was_drawn():
         )  # fmt: skip
     share = np.asarray([(drawn == code).mean() for code in range(3)])
     np.testing.assert_allclose(share, jax.nn.softmax(logits), atol=0.02)
+
+
+def test_vectors_are_those_of_the_codes_and_the_code_book_learns_from_the_chosen_ones_alone():
+    """Against the definition with one-hots: values to the bit, gradients of states and book."""
+    book = jax.random.normal(jax.random.key(0), (5, 3))
+    states = jax.random.normal(jax.random.key(1), (2, 7, 4))
+    head = jax.random.normal(jax.random.key(2), (4, 5))
+    codes = jax.random.randint(jax.random.key(3), (2, 7), 0, 5)
+    keys, weights = jax.random.split(jax.random.key(4)), jnp.arange(42.0).reshape(2, 7, 3)
+    options = LogprobOptions(SPECIAL, chunk=6, straight_through=StraightThrough(False, TAU))
+
+    def choose(states, book):
+        vqmodel = types.SimpleNamespace(codebook=lambda: book)
+        model = types.SimpleNamespace(image_logits=lambda x: x @ head, vqmodel=vqmodel)
+        return choose_vectors(model, states, codes, keys, options)[0]
+
+    def define(states, book):
+        noise = draw_noise(keys, jnp.arange(7), 5)
+        scores, _ = score_codes(states @ head, codes, noise, False)
+        relaxed = jax.nn.softmax(scores / TAU)
+        return (jax.nn.one_hot(codes, 5) + relaxed - jax.lax.stop_gradient(relaxed)) @ book
+
+    np.testing.assert_array_equal(choose(states, book), book[codes])
+    found, expected = (
+        jax.grad(lambda *x: (f(*x) * weights).sum(), (0, 1))(states, book)  # noqa: B023
+        for f in (choose, define)
+    )
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)

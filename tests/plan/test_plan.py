@@ -80,6 +80,34 @@ def test_all_of_an_iteration_is_planned(planned):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("stage", ["self_sft", "self_sft_through"])
+def test_the_update_on_own_images_has_the_inputs_of_its_stage(config_path, stage):
+    config = config_files.load(config_path, [f"stage={stage}"])
+    sizes = load_config(config.model.path, KIND)
+    outline = resolve.outline_run(config, FAMILY, sizes, FAMILY.stand_in_tokens)
+    lengths = {"self_qa": 32, "self_qa/question": 64}
+    kept, (*_, update) = programs.make_programs(outline, lengths, jnp.float32)
+    with jax.set_mesh(outline.mesh):
+        state, metrics = jax.eval_shape(update.function, *update.resident, *update.inputs)
+    assert state.params.keys() == kept.state.params.keys()
+    assert metrics["self_qa/text/nll"].value.shape == ()
+
+
+def test_each_question_about_an_own_image_has_a_cache_of_its_own(config_path):
+    """Because each completion of a prompt has another image; images share the prompt's cache."""
+    sizes = load_config(config_path.parent / "sizes", KIND)
+
+    def count_bytes(*overrides):
+        config = config_files.load(config_path, [*overrides, "algorithm.tasks=self_qa"])
+        outline = resolve.outline_run(config, FAMILY, sizes, FAMILY.stand_in_tokens)
+        lengths = {"self_qa": 32, "self_qa/question": 64}
+        estimate = memory.estimate_outline(outline, lengths, lambda path: jnp.dtype("float32"))
+        return estimate["sampling caches (largest task)"]
+
+    few, many = count_bytes("rollout.group_size=2"), count_bytes("rollout.group_size=6")
+    assert many == pytest.approx(3 * few)
+
+
 def test_arguments_are_the_shards_that_a_run_places(outline, planned, update, tiny_config):
     """Against arrays that are really on the devices, laid out by the functions of `build`."""
     config, mesh = outline.config, outline.mesh
@@ -350,6 +378,8 @@ def test_missing_libtpu_is_named_with_the_remedy(monkeypatch):
     [
         ("deepseek-community/Janus-Pro-1B", None, "janus-pro-1b"),
         ("runs/janus_pro_7b/unified/export", None, "janus-pro-7b"),
+        ("deepseek-ai/Janus-1.3B", None, "janus-1.3b"),
+        ("runs/janus_1_3b/self_sft/export", None, "janus-1.3b"),
         ("anything", "janus-pro-7b", "janus-pro-7b"),
     ],
 )

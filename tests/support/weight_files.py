@@ -263,8 +263,11 @@ def carried_state(dtype: np.dtype = BFLOAT16) -> dict[str, np.ndarray]:
     return state | {"gen_vision_model.quantize.codebook_used": np.zeros(64, np.float32)}
 
 
-def write_tokenizer(folder: Path, layout: str, *, roles: bool = True) -> None:
-    """A byte-level BPE with Janus's special strings, and the layout's tokenizer files."""
+def write_tokenizer(folder: Path, layout: str, *, roles: bool = True, image: bool = True) -> None:
+    """A byte-level BPE with Janus's special strings, and the layout's tokenizer files.
+
+    Without `roles` and `image` it is one as Janus-1.3B's, which lists no such special tokens.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -273,6 +276,7 @@ def write_tokenizer(folder: Path, layout: str, *, roles: bool = True) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     names = [*SPECIALS.values(), *(ROLE_TOKENS if roles else ())]
+    names = [name for name in names if image or name != SPECIALS["image"]]
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in names])
     tokenizer.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {f"{name}_token": SPECIALS[name] for name in ("bos", "eos", "pad")}
@@ -284,18 +288,18 @@ def write_tokenizer(folder: Path, layout: str, *, roles: bool = True) -> None:
         processor = {"processor_class": "VLChatProcessor", "num_image_tokens": 16}
         if not roles:
             processor["sft_format"] = "deepseek_old"
-        image = {"image_size": 32, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_size": 14}
+        pixels = {"image_size": 32, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_size": 14}
     else:
         named = {f"{name}_token": SPECIALS[name] for name in ("image", "boi", "eoi")}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, **named}
         processor = {"processor_class": "JanusProcessor", "num_image_tokens": 16}
         size = {"height": 32, "width": 32}
-        image = {"size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        image["image_processor_type"] = "JanusImageProcessor"
+        pixels = {"size": size, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        pixels["image_processor_type"] = "JanusImageProcessor"
     for name, data in (
         ("tokenizer_config.json", config),
         ("processor_config.json", processor),
-        ("preprocessor_config.json", image),
+        ("preprocessor_config.json", pixels),
     ):
         (folder / name).write_text(json.dumps(data))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -14,11 +16,15 @@ import pytest
 from PIL import Image
 
 from corl_jax.config import files as config_files
+from corl_jax.config.schema import Config, Sft
 from corl_jax.data.drawn_world.held_out import HeldOutShapes
 from corl_jax.data.images import decode_image
+from corl_jax.data.self_questions.objects import TAGS
+from corl_jax.evaluation.intervals import Rate
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.report.groups import read_groups
 from corl_jax.train import __main__ as command
+from corl_jax.train import self_sft
 from corl_jax.train.resolve import find_missing_abilities
 from corl_jax.train.stages import STAGES
 from tests.support import metrics_page, tiny_runs
@@ -126,6 +132,31 @@ def test_a_resumed_run_is_the_same(tree, run, tmp_path):
     assert whole == resumed
 
 
+@pytest.mark.parametrize(
+    ("stage", "sft", "weight"),
+    [("self_sft", {}, 1.0), ("self_sft_through", {}, 0.0),
+     ("self_sft_through", {"t2i_weight": 0.5}, 0.5)],
+)  # fmt: skip
+def test_only_the_detached_stage_learns_right_images_by_default(stage, sft, weight):
+    # model_construct: the weights read no other part of a config.
+    config = Config.model_construct(stage=stage, sft=Sft(**sft))
+    weights = STAGES[stage].loss_weights(config)
+    assert weights == {"self_qa/codes": weight, "self_qa/text": 1.0}
+
+
+def test_an_image_is_right_if_every_reward_with_a_weight_is_1():
+    weights = {"a": 0.1, "b": 0.2, "c": 0.0}
+    run: Any = types.SimpleNamespace(
+        rewards={"self_qa": [types.SimpleNamespace(name=n, weight=w) for n, w in weights.items()]}
+    )
+    rewards = {"a": [1, 1, 1, 0.5], "b": [1, 0, np.nan, 1], "c": [0, 0, 0, 0]}
+    scored: Any = types.SimpleNamespace(
+        rewards={name: np.array(values, np.float32) for name, values in rewards.items()}
+    )
+    is_right = self_sft.find_right_images(run, "self_qa", scored)
+    assert is_right.tolist() == [True, False, False, False]
+
+
 def test_a_family_without_gradients_through_images_is_refused(model, records, tmp_path):
     tree = options(model, records, tmp_path / "run", stage="self_sft_through")
     config = config_files.load(write_config(tmp_path / "run.yaml", tree))
@@ -189,6 +220,28 @@ def test_the_suite_asks_about_own_blank_and_real_images(model, records, tmp_path
     assert len(list((tmp_path / "run" / "images").glob("held_out_*.png"))) == 1
 
 
+def test_the_suite_refuses_questions_of_another_kind_and_leaves_out_missing_images(
+    model, records, tmp_path, capsys
+):
+    rows = pq.read_table(records).to_pylist()
+    rows[0]["real_image"] = rows[-1]["real_image"] = None  # one of them is held out
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    tree = options(
+        model, path, tmp_path / "run", data={"max_prompt_length": 256, "columns": COLUMNS},
+        rewards=[{"name": "self_answer"}], train={"prompts_per_step": 4, "max_steps": 0},
+        eval={"suite": "own_answers", "rows": 4, "batch_prompts": 4},
+    )  # fmt: skip
+    line, *_ = metric_lines(train(tree))
+    for name, count in (("foreign", 3), ("own", 4)):  # of 4 rows one has no real image
+        rate = Rate.of(round(line[f"eval/{name}/accuracy"] * count), count)
+        assert line[f"eval/{name}/accuracy_high"] == pytest.approx(rate.high)
+    data = tree["data"] | {"columns": {}}
+    unnamed = tree | {"output_dir": str(tmp_path / "unnamed"), "data": data}
+    message = refused(capsys, lambda: train(unnamed))
+    assert ", but its tag " in message and "as {qa_problem: question}" in message
+
+
 EVEN = """
 def even(texts):
     return [float(row % 2 == 0) for row in range(len(texts))]
@@ -209,6 +262,8 @@ def test_supervised_training_learns_true_answers_about_own_images(model, records
     for line in lines:
         assert line["self_qa/right_fraction"] == 0.5
         assert 0 <= line["self_qa/rewards/self_answer/mean"] <= 1
+        by_tag = [line[name] for tag in TAGS if (name := f"self_qa/rewards/even/{tag}") in line]
+        assert by_tag and set(by_tag) == {0.5}
         # The mean over answers of different lengths is near that over tokens, and not equal.
         expected = 0.5 * line["self_qa/codes/nll"] + line["self_qa/text/nll"]
         assert line["loss"] == pytest.approx(expected, rel=0.2)

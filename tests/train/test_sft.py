@@ -53,7 +53,7 @@ def run_of(processor, **options):
     return SimpleNamespace(
         family=FAMILY, processor=processor, sft=block, seed=0, image_side=16,
         tasks=stage.tasks(SimpleNamespace(sft=block)),
-        loss_weights=tuple(stage.loss_weights(SimpleNamespace(sft=block)).items()),
+        loss_weights=tuple(stage.loss_weights(SimpleNamespace(stage="sft", sft=block)).items()),
         train_loader=SimpleNamespace(batch_size=BATCH),
     )  # fmt: skip
 

@@ -67,6 +67,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data"),
     [
+        ("janus-1.3b", released_original(2048, 24, SIZES_1B)),
         ("janus-pro-1b", released_original(2048, 24, SIZES_1B)),
         ("janus-pro-7b", released_original(4096, 30, {})),  # the rest are LlamaConfig's defaults
     ],

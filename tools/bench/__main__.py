@@ -8,8 +8,9 @@
 Parts: rewards, image and text (rollouts), vq (codes to pixels), train (one optimizer step),
 iteration (rollouts and step), correctness (do samplers and trainer agree), gradients (are the
 gradients of the update's attention right). Only if named: bits (does each call give the same bits),
-detector (GenEval's, in images/s), builds (the image sampler with each set of compiler options) and,
-on a mesh with fsdp, layouts (decoding with matrices gathered, and split as in training).
+self_qa, self_sft and self_sft_through (one optimizer step on own images), detector (GenEval's, in
+images/s), builds (the image sampler with each set of compiler options) and, on a mesh with fsdp,
+layouts (decoding with matrices gathered, and split as in training).
 
 Compute is bfloat16; training keeps float32. Each time is the median of --repeats calls after one
 that compiles, on the host, until the results are there; `compile` is how much longer the first
@@ -64,6 +65,7 @@ from tools.bench import (
     generation,
     gradients,
     layouts,
+    own_images,
     scoring,
     training,
     versus,
@@ -87,6 +89,7 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "builds": builds.measure_builds,
     "layouts": layouts.measure_layouts,
     "detector": detector.measure_detector,
+    **own_images.RUNS,
 }
 ALONE = ("rewards", "correctness", "gradients", "detector")  # parts for one device
 SPLIT = ("layouts",)  # parts for a mesh that splits matrices

@@ -36,8 +36,13 @@ from tools.bench.timing import Record
 UPDATES = 1000  # of the schedule
 
 
-def start_training(setting: Setting) -> tuple[TrainState, Params, Any]:
-    """Returns a new float32 state with AdamW, the frozen parameters, and the jitted step."""
+def start_training(
+    setting: Setting, options: UpdateOptions | None = None
+) -> tuple[TrainState, Params, Any]:
+    """Returns a new float32 state with AdamW, the frozen parameters, and the jitted step.
+
+    Without `options` the step is that of the paper's first stage.
+    """
     trained, frozen = partition(setting.make_policy(COMPUTE), trained_patterns(setting))
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
     optimizer = make_optimizer(Optimizer(), UPDATES)
@@ -46,7 +51,7 @@ def start_training(setting: Setting) -> tuple[TrainState, Params, Any]:
     step = make_train_step(
         FAMILY,
         setting.size.janus,
-        make_update_options(setting),
+        options or make_update_options(setting),
         optimizer,
         out_shardings=(shardings, None),
     )

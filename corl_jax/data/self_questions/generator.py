@@ -6,6 +6,8 @@ Records that a benchmark asks can be left out: `read_excluded` reads GenEval's f
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,60 +59,11 @@ def _sample_include(rng: np.random.Generator, tag: str) -> list[dict[str, Any]]:
     return include
 
 
-class GeneratedRecords:
-    """A data source of generated records. Rows are made when they are asked for."""
-
-    def __init__(self, rows: int, seed: int, excluded: Excluded | None = None):
-        self.names = {name: name for name in COLUMNS}
-        self._rows, self._seed, self._excluded = rows, seed, excluded
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        if not 0 <= row < self._rows:
-            raise IndexError(row)
-        return dict(make_generated_record(self._seed, row, self._excluded).as_row())
-
-    def column(self, name: str) -> list:
-        return [self[row][name] for row in range(len(self))]
-
-    def where(self, row: int) -> str:
-        return f"generated record {row}"
-
-    def fingerprint(self) -> None:
-        """Returns None: no run resumes in the middle of these rows."""
-
-
-class WrittenRecords:
-    """A data source of records that a file holds; see `reader.read_records`."""
-
-    def __init__(self, records: list[Record], path: Path):
-        self.names = {name: name for name in COLUMNS}
-        self._records, self._path = records, path
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return dict(self._records[row].as_row())
-
-    def column(self, name: str) -> list:
-        return [record.as_row()[name] for record in self._records]
-
-    def where(self, row: int) -> str:
-        return f"{self._path} record {row}"
-
-    def fingerprint(self) -> None:
-        """Returns None: no run resumes in the middle of these rows."""
-
-
-def write_records(out: Path, source: GeneratedRecords | WrittenRecords, start: int = 0) -> Path:
-    """Writes the records from number `start` on into a new directory; returns the parquet file."""
+def write_records(out: Path, records: Iterable[Record]) -> Path:
+    """Writes records into a new directory; returns the parquet file."""
     name = "train-00000-of-00001.parquet"
     with create_folder(out) as folder, pq.ParquetWriter(folder / name, SCHEMA) as writer:
-        for first in range(start, len(source), ROW_GROUP):
-            last = min(first + ROW_GROUP, len(source))
-            rows = [source[row] for row in range(first, last)]
+        rest = (record.as_row() for record in records)
+        while rows := list(itertools.islice(rest, ROW_GROUP)):
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
     return out / name

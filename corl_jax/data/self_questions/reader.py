@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.data.questions import find_text_problems, holds_surrogate, read_lines
-from corl_jax.data.self_questions.records import Record, find_include_problem
+from corl_jax.data.self_questions.objects import COUNTS
+from corl_jax.data.self_questions.records import (
+    PROMPT_START,
+    QUESTIONS,
+    Record,
+    find_include_problem,
+    make_record,
+)
 from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import LONE_SURROGATE
 
 TEXTS = ("prompt", "question", "answer")
+DEMAND = ("tag", "include", "prompt")
 REQUIRED = ("tag", "include", *TEXTS)
 KEYS = (*REQUIRED, "exclude")
 EXPECTED = f"expected a JSON object with {', '.join(REQUIRED)}"
@@ -59,10 +67,39 @@ def read_excluded(path: Path) -> Excluded:
     Raises:
         InputError: naming file and line of what is neither.
     """
-    records = _read_lines(path, "--exclude", ("tag", "include", "prompt"))
+    records = _read_lines(path, "--exclude", DEMAND)
     return Excluded(
         frozenset(record.prompt for record in records), frozenset(map(describe_demand, records))
     )
+
+
+def parse_asked_record(line: str) -> Record:
+    """Returns the record of a line of GenEval's metadata, or of a file of records.
+
+    A line with neither question nor answer gets those of its tag's templates.
+
+    Raises: InputError for what is no record, and for a question without an answer.
+    """
+    record = _parse_record(line, DEMAND)
+    if record.question and record.answer:
+        return record
+    if record.question or record.answer:
+        missing, present = ("answer", "question") if record.question else ("question", "answer")
+        raise InputError(
+            f"{missing} is missing; write it, or leave out {present}, too: both are then those of "
+            f"the tag {record.tag}"
+        )
+    (first, *_), is_counting = record.include, record.tag == "counting"
+    if is_counting and record.prompt.startswith(PROMPT_START):
+        # With the plural of the prompt, as published: "two benchs".
+        answer = record.prompt.removeprefix(PROMPT_START)
+        return dataclasses.replace(record, question=QUESTIONS[record.tag], answer=answer)
+    if is_counting and first["count"] not in COUNTS:
+        raise InputError(
+            f"question and answer are missing, and the templates count to {max(COUNTS)} only; "
+            f"found {first['count']}; write both"
+        )
+    return dataclasses.replace(make_record(record.tag, record.include), prompt=record.prompt)
 
 
 def _read_lines(path: Path, option: str, required: tuple[str, ...]) -> list[Record]:

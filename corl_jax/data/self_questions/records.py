@@ -85,17 +85,22 @@ class Record:
         }  # fmt: skip
 
 
-def make_record(tag: str, include: Include) -> Record:
-    """Returns the record that the templates make of a tag and its objects."""
-    prompt, answer = write_prompt(tag, include), write_answer(tag, include)
-    return Record(tag, include, prompt, QUESTIONS[tag], answer)
+def make_record(tag: str, include: Include, prompt: str | None = None) -> Record:
+    """Returns the record that the templates make of a tag and its objects.
+
+    `prompt` is that of a given file, such as GenEval's; None: it is written by the template.
+    """
+    prompt = write_prompt(tag, include) if prompt is None else prompt
+    return Record(tag, include, prompt, QUESTIONS[tag], write_answer(tag, include, prompt))
 
 
 def write_prompt(tag: str, include: Include) -> str:
     """Returns the prompt in GenEval's words."""
     nouns = [" ".join(filter(None, (entry.get("color"), entry["class"]))) for entry in include]
     if tag == "counting":
-        text = _write_number(include[0])
+        (entry,) = include
+        plural = entry.get("plural") or KNOWN_OBJECTS[entry["class"]]
+        text = f"{COUNTS[entry['count']]} {plural}"
     elif tag == "position":
         # {"class": "cat"}, {"class": "dog", "position": ["left of", 0]} -> a dog left of a cat
         relation = include[1]["position"][0]
@@ -105,14 +110,15 @@ def write_prompt(tag: str, include: Include) -> str:
     return PROMPT_START + text
 
 
-def write_answer(tag: str, include: Include) -> str:
-    """Returns the true answer to the question of the tag."""
+def write_answer(tag: str, include: Include, prompt: str) -> str:
+    """Returns the true answer to the question of the tag about an image of the prompt."""
     first, last = include[0], include[-1]
     if tag == "two_object":
         # The published answers never say "an".
         return f"There is a {first['class']} and a {last['class']}"
     if tag == "counting":
-        return _write_number(first)
+        # In the words of the prompt: GenEval writes "two toothbrushs".
+        return prompt.removeprefix(PROMPT_START)
     if tag == "colors":
         return str(first["color"])
     if tag == "position":
@@ -123,11 +129,6 @@ def write_answer(tag: str, include: Include) -> str:
             for start, entry in zip(("The", "the"), include, strict=True)
         )
     return str(first["class"])
-
-
-def _write_number(entry: Mapping[str, Any]) -> str:
-    noun = entry["class"]
-    return f"{COUNTS[entry['count']]} {entry.get('plural') or KNOWN_OBJECTS[noun]}"
 
 
 def find_include_problem(include: Any, tag: str | None = None) -> str | None:

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from corl_jax.errors import InputError, Problems
-from corl_jax.evaluation.writers import dpg, geneval, geneval2, plain, t2i_compbench, wise
+from corl_jax.evaluation.writers import (
+    dpg,
+    geneval,
+    geneval2,
+    plain,
+    self_questions,
+    t2i_compbench,
+    wise,
+)
 from corl_jax.evaluation.writers.writer import PromptList, Writer
 
 WRITERS: dict[str, Writer] = {
@@ -16,6 +24,7 @@ WRITERS: dict[str, Writer] = {
     "wise": wise.WRITER,
     "t2i_compbench": t2i_compbench.WRITER,
     "preference": plain.WRITER,
+    "own_answers": self_questions.WRITER,
 }
 """Suite -> what its harness reads."""
 
@@ -48,7 +57,9 @@ def read_prompt_list(suite: str, paths: Sequence[Path]) -> PromptList:
 def guess_suite(paths: Sequence[Path], without: str) -> str | None:
     """Returns the other suite that can read the prompts without a problem; None if none can."""
     for name, writer in WRITERS.items():
-        if name == without or not writer.is_specific:
+        # Two suites with the same files read the same prompts; the stricter one says what is wrong.
+        is_same = writer.list_files is WRITERS[without].list_files
+        if is_same or not writer.is_specific:
             continue
         problems = Problems()
         prompts = problems.attempt(writer.read, paths, problems)

@@ -27,7 +27,14 @@ from corl_jax.policies.janus.image_settings import (
     preprocess_image,
     read_image_settings,
 )
-from corl_jax.policies.janus.tokens import ROLE_NAMES, ROLES, STRINGS, special_tokens
+from corl_jax.policies.janus.tokens import (
+    ROLE_NAMES,
+    ROLES,
+    STRINGS,
+    choose_template,
+    read_tokenizer,
+    special_tokens,
+)
 from corl_jax.types import EncodedPrompts
 from corl_jax.weights.storage import read_json
 
@@ -62,7 +69,7 @@ class Processor:
         template: str | None = None,
         bucket_size: int = BUCKET,
     ):
-        """Opens the tokenizer. `template` is a key of `ROLES`; None looks for the role tokens.
+        """Opens the tokenizer. `template` is a key of `ROLES`; see `tokens.choose_template`.
 
         Raises:
             InputError: unreadable tokenizer, missing special tokens, unknown template.
@@ -86,8 +93,7 @@ class Processor:
         )
         self.image = image
         self.bucket_size = bucket_size
-        if template is None:
-            template = "deepseek" if ROLES["deepseek"][0] in self._added else "deepseek_old"
+        template = choose_template(template, self._added)
         if template not in tuple(ROLES):  # which need not be hashable
             raise InputError(f"sft_format: found {template!r}; expected one of {', '.join(ROLES)}")
         self.roles = ROLES[template]
@@ -147,16 +153,14 @@ class Processor:
         return [user, f": {prompt.strip()}\n{PLAN_INSTRUCTION}\n\n", assistant, ":"]
 
     def choose_roles(self, name: str | None) -> ChatRoles:
-        """Returns this processor with a pair of chat roles, whatever its settings state.
-
-        None: `pro`, or `old` if the tokenizer has no token for a role of `pro`.
+        """Returns this processor with a pair of chat roles; None: those of the checkpoint.
 
         Raises:
             InputError: unknown name, or `pro` with a tokenizer that has no such token.
         """
         missing = [role for role in ROLES[ROLE_NAMES["pro"]] if role not in self._added]
         if name is None:
-            name = "old" if missing else "pro"
+            name = next(key for key in ROLE_NAMES if ROLES[ROLE_NAMES[key]] == self.roles)
         if name not in ROLE_NAMES:
             raise InputError(f"found {name}; {suggest_name(name, ROLE_NAMES, 'expected one of')}")
         if name == "pro" and missing:
@@ -340,7 +344,7 @@ def _load_tokenizers(path: Path) -> tuple[Any, dict[str, dict], Any]:
     from tokenizers import Tokenizer
 
     structural = {*STRINGS.values(), *ROLES["deepseek"]}
-    content = read_json(path)
+    content = read_tokenizer(path)
     try:
         tokenizer = Tokenizer.from_str(json.dumps(content))
         added = {token["content"]: token for token in content.get("added_tokens") or []}

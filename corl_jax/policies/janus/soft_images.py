@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from corl_jax.devices.mesh import constrain
+from corl_jax.policies.chunked_logprobs import map_chunks
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.image_chunks import choose_chunks
 from corl_jax.policies.janus.image_settings import ImageSettings
@@ -73,30 +74,18 @@ def choose_vectors(
     """
     through, book = options.straight_through, model.vqmodel.codebook().astype(jnp.float32)
     assert through is not None  # the stage is one with gradients through images
-    rows, length = codes.shape
-    size = max(1, min(length, options.chunk // rows))
-    pieces = -(-length // size)
 
-    def split(x: jax.Array) -> jax.Array:
-        # [N, T, ...] -> [pieces, N, size, ...]
-        padding = [(0, 0), (0, pieces * size - length)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.pad(x, padding).reshape(rows, pieces, size, *x.shape[2:]).swapaxes(0, 1)
-
-    # Without checkpoint the backward pass would keep the logits of every piece.
-    @jax.checkpoint
     def choose(piece: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, chosen, places = piece
         logits = model.image_logits(hidden).astype(jnp.float32)
-        noise = draw_noise(keys, places, logits.shape[-1])
+        noise = draw_noise(keys, places[0], logits.shape[-1])
         scores, chosen = score_codes(logits, chosen, noise, through.redraw)
-        relaxed = jax.nn.softmax(scores / through.temperature, axis=-1) @ book
+        relaxed = jax.nn.softmax(scores / through.temperature, axis=-1)
         # Equal to (h + y - stop_gradient(y)) @ book, without the one-hots h.
-        return book[chosen] + relaxed - lax.stop_gradient(relaxed), chosen
+        return pass_gradient(book[chosen], relaxed @ lax.stop_gradient(book)), chosen
 
-    places = jnp.arange(pieces * size).reshape(pieces, size)
-    out = lax.map(choose, (split(states), split(codes), places))
-    vectors, chosen = (x.swapaxes(0, 1).reshape(rows, pieces * size, *x.shape[3:]) for x in out)
-    return vectors[:, :length], chosen[:, :length]
+    places = jnp.broadcast_to(jnp.arange(codes.shape[1]), codes.shape)
+    return map_chunks(choose, (states, codes, places), options.chunk)
 
 
 def make_soft_pixels(
@@ -123,4 +112,10 @@ def make_soft_pixels(
         table = jnp.asarray(make_resize_weights(pixels.shape[1], settings.size), jnp.float32)
         pixels = jnp.einsum("oy,nyxc->noxc", table, jnp.einsum("ox,nyxc->nyoc", table, pixels))
     pixels = pixels / np.asarray(settings.std, np.float32)
-    return constrain(hard + pixels - lax.stop_gradient(pixels), "batch", None, None, None)
+    return constrain(pass_gradient(hard, pixels), "batch", None, None, None)
+
+
+def pass_gradient(value: jax.Array, soft: jax.Array) -> jax.Array:
+    """Returns `value` to the bit, with the gradient of `soft` beside its own."""
+    # In another order, value + soft - soft, the sum would round the value.
+    return value + (soft - lax.stop_gradient(soft))

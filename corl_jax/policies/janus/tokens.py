@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def special_tokens(folder: str | Path) -> SpecialTokens:
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{file}: not found; copy it from the checkpoint's own repository")
-    ids = read_vocabulary(file)
+    ids = _list_vocabulary(read_tokenizer(file), file)
     problems = [
         f"{file}: has no token {string!r}; use the tokenizer that came with the checkpoint"
         for string in STRINGS.values()
@@ -60,9 +61,31 @@ def special_tokens(folder: str | Path) -> SpecialTokens:
     return SpecialTokens(**{name: ids[string] for name, string in STRINGS.items()})
 
 
-def read_vocabulary(file: Path) -> dict[str, int]:
-    """Returns the id of every token of a tokenizer.json, added tokens included."""
+def read_tokenizer(file: Path) -> dict[str, Any]:
+    """Returns the content of a tokenizer.json; adds the image token if that one alone is missing.
+
+    Source: Janus `VLChatProcessor`, which adds it behind all other tokens.
+    """
     data = read_json(file)
+    ids = _list_vocabulary(data, file)
+    if [string for string in STRINGS.values() if string not in ids] != [STRINGS["image"]]:
+        return data
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    token = {"id": max(ids.values()) + 1, "content": STRINGS["image"], **flags, "special": True}
+    return {**data, "added_tokens": [*(data.get("added_tokens") or ()), token]}
+
+
+def choose_template(stated: Any, tokens: Container[str]) -> Any:
+    """Returns the template of a checkpoint: the stated one, or that of the tokens for roles."""
+    # Files from before Janus-Pro state `deepseek` too, which then had the roles of `deepseek_old`.
+    if stated in (None, "deepseek"):
+        has_roles = all(role in tokens for role in ROLES["deepseek"])
+        return "deepseek" if has_roles else "deepseek_old"
+    return stated
+
+
+def _list_vocabulary(data: dict[str, Any], file: Path) -> dict[str, int]:
+    """Returns the id of every token of a tokenizer.json, added tokens included."""
     vocab = _as_dict(data.get("model")).get("vocab")
     ids: dict[str, Any] = dict(vocab) if isinstance(vocab, dict) else {}
     if isinstance(vocab, list):  # a Unigram model lists [token, score] pairs

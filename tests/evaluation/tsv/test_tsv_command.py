@@ -188,7 +188,7 @@ def test_the_default_length_is_what_the_model_has_room_for(data, tmp_path, capsy
 
 
 def test_a_signal_stops_between_batches(data, tmp_path, monkeypatch):
-    append, signals = tsv_answers.append, []
+    append, signals = tsv_answers.append_line, []
 
     def append_and_signal(*words):
         append(*words)
@@ -196,7 +196,7 @@ def test_a_signal_stops_between_batches(data, tmp_path, monkeypatch):
             signals.append(signal.raise_signal(signal.SIGTERM))
 
     out = tmp_path / "out"
-    monkeypatch.setattr(tsv_answers, "append", append_and_signal)
+    monkeypatch.setattr(tsv_answers, "append_line", append_and_signal)
     with pytest.raises(SystemExit) as ended:
         ask_nano(data["choice"], out, "--prompt-style", "corl", "--batch-size", 2)
     assert ended.value.code == 75

@@ -12,8 +12,14 @@ import pytest
 from PIL import Image
 
 from corl_jax.devices.mesh import batch_sharding, make_mesh
+from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.choices import sample_keys
-from corl_jax.policies.family import LogprobOptions, SamplingOptions
+from corl_jax.policies.family import (
+    NOISE_KEYS,
+    LogprobOptions,
+    SamplingOptions,
+    StraightThrough,
+)
 from corl_jax.policies.janus import images, own_images, pillow_resize, sampling
 from corl_jax.policies.janus.image_settings import ImageSettings, preprocess_image
 from corl_jax.policies.janus.layout import RULES
@@ -167,6 +173,42 @@ def test_eight_devices_draw_and_score_the_same(config, params, prompts, settings
         np.testing.assert_allclose(
             np.asarray(segment.logprobs)[mask], np.asarray(logprobs)[mask], atol=1e-3
         )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options"))
+def differentiate(config, params, prompts, segments, options):
+    """The gradient of the answers' log-probs through the images, in all but their tokenizer."""
+    trained, frozen = partition(params, ["(?!vqmodel).*"])
+
+    def total(trained):
+        whole = merge(trained, frozen)
+        _, (logprobs, _) = own_images.score_own_answers(config, whole, prompts, segments, options)
+        return jnp.where(segments[1].mask, logprobs, 0.0).sum()
+
+    return jax.grad(total)(trained)
+
+
+@pytest.mark.slow
+def test_eight_devices_have_the_same_gradient_through_images(
+    config, params, prompts, settings, drawn
+):
+    rows, (codes, text) = jax.tree.map(lambda x: np.concatenate([x, x]), (prompts, drawn))
+    bits = jax.random.key_data(jax.random.split(jax.random.key(3), len(codes.values)))
+    segments = (dataclasses.replace(codes, replay={NOISE_KEYS: np.asarray(bits)}), text)
+    options = LogprobOptions(
+        SPECIAL, chunk=40, image=settings, straight_through=StraightThrough()
+    )  # fmt: skip
+    expected = differentiate(config, params, rows, segments, options)
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        placed = place_params(params, mesh, RULES)
+        inputs = jax.device_put((rows, segments), batch_sharding(mesh))
+        found = differentiate(config, placed, *inputs, options)
+    assert np.abs(expected["generation_head"]["vision_head"]["kernel"]).max() > 0
+    for (path, x), (_, y) in zip(leaf_paths(found), leaf_paths(expected), strict=True):
+        y = np.asarray(y)
+        largest = max(np.abs(y).max(), 1e-4)
+        np.testing.assert_allclose(np.asarray(x) / largest, y / largest, atol=2e-3, err_msg=path)
 
 
 @pytest.mark.parametrize("size, side", [(16, 24), (24, 16), (64, 20), (20, 61)])

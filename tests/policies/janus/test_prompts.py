@@ -176,7 +176,11 @@ def test_old_template_for_a_tokenizer_without_role_tokens(tmp_path):
     old = Processor.from_dir(folder)
     expected = "User: <image_placeholder>\nq?\n\nAssistant:"
     assert text_of(old, old.mm2t_ids("q?")) == expected
+    # As the first files of Janus-1.3B may state it, when these were the roles of `deepseek`.
+    first = Processor.from_dir(tiny_tokenizer_dir(tmp_path / "f", role_tokens=False))
+    assert text_of(first, first.mm2t_ids("q?")) == expected
     stated = Processor.from_dir(tiny_tokenizer_dir(tmp_path / "s", sft_format="deepseek_old"))
+    assert [stated.choose_roles(name).name for name in (None, "pro")] == ["old", "pro"]
     drawing = "User: a cat\n\nAssistant:<begin_of_image>"
     assert text_of(stated, stated.t2i_ids("a cat")) == drawing
     with pytest.raises(InputError, match="llama-2"):

@@ -12,7 +12,13 @@ from corl_jax.policies.generation_config import FILE as GENERATION_FILE
 from corl_jax.policies.generation_config import parse_generation
 from corl_jax.policies.janus.checkpoint import transformers as transformers_layout
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.policies.janus.tokens import ROLES, STRINGS, special_tokens
+from corl_jax.policies.janus.tokens import (
+    ROLES,
+    STRINGS,
+    choose_template,
+    read_tokenizer,
+    special_tokens,
+)
 from corl_jax.weights.folders import read_unmarked
 from corl_jax.weights.kinds import OWN_LAYOUT, Assets
 from corl_jax.weights.shards import write_bytes, write_json, write_text
@@ -135,7 +141,8 @@ def write_transformers(source: Path | None, out: Path, config: JanusConfig) -> N
     """Writes the files that transformers' JanusProcessor reads."""
     if source is not None and (source / "tokenizer.json").is_file():
         copy_assets(source, out, _TOKENIZER)
-        write_json(out / "tokenizer.json", add_bos(read_json(source / "tokenizer.json"), source))
+        tokenizer = add_bos(read_tokenizer(source / "tokenizer.json"), source)
+        write_json(out / "tokenizer.json", tokenizer)
         write_json(out / "tokenizer_config.json", _make_transformers_tokenizer(source))
     processor = {
         "num_image_tokens": config.siglip.num_tokens,
@@ -291,16 +298,10 @@ def _make_special_map(source: Path) -> dict[str, Any]:
 def _find_sft_format(source: Path | None) -> str:
     """Returns the name of the conversation template: the stated one, or by the role tokens."""
     stated = _read_if_present(source, "processor_config.json").get("sft_format")
-    if isinstance(stated, str):
-        return stated
+    stated = stated if isinstance(stated, str) else None
     if source is None or not (source / "tokenizer.json").is_file():
-        return "deepseek"
-    # Janus-1.3B's older template has plain role names; its tokenizer lacks the role tokens.
-    return (
-        "deepseek"
-        if ROLES["deepseek"][0] in _make_special_map(source)["additional_special_tokens"]
-        else ("deepseek_old")
-    )
+        return stated or "deepseek"
+    return choose_template(stated, _make_special_map(source)["additional_special_tokens"])
 
 
 def _read_image_settings(source: Path | None) -> dict[str, Any]:
