@@ -36,7 +36,7 @@ def parse(
     file = folder / "config.json"
     if not file.is_file():
         problems.add(
-            f"{file}: not found, but it states the number of codes of an image; copy config.json from "
+            f"{file}: not found, but it states how many codes an image has; copy config.json from "
             "the Show-o that the weights come from"
         )
         return ShowOConfig()
