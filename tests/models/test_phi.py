@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,8 +173,10 @@ def test_adapters_leave_the_sizes_of_the_base():
 def test_every_parameter_has_a_place_on_a_mesh(mesh):
     lora = Lora(4, 8.0, ALL)
     config = network.add_adapters(ShowOConfig(w_clip_vit=True, magvit=MAGVIT), lora)
-    split = 0
-    for path, leaf in leaf_paths(network.abstract(config)):
-        spec = param_spec(path, leaf.shape, mesh, layout.RULES)
-        split += leaf.size if any(spec) else 0
-    assert split > 1_400_000_000
+    leaves = dict(leaf_paths(network.abstract(config)))
+    specs = {
+        path: param_spec(path, leaf.shape, mesh, layout.RULES) for path, leaf in leaves.items()
+    }
+    assert sum(leaves[path].size for path, spec in specs.items() if any(spec)) > 1_400_000_000
+    unused = [rule for rule, _ in layout.RULES if not any(re.fullmatch(rule, p) for p in leaves)]
+    assert not unused
