@@ -141,6 +141,17 @@ def test_settings_that_no_tensor_shows(copy, tmp_path):
         find_tokenizer(copy)
 
 
+def test_a_small_model_may_have_the_folder_of_the_large_ones_tokenizer(copy, tmp_path):
+    file = copy / "phi-1_5/config.json"
+    change(file, num_hidden_layers=24, hidden_size=2048, rope_theta=500.0)
+    config = load_config(copy, KIND)
+    assert (config.phi.num_layers, config.phi.rope_theta) == (3, 500.0)
+    convert(copy, tmp_path / "out", KIND, layout="original")
+    written = json.loads((tmp_path / "out/phi-1_5/config.json").read_text())
+    assert (written["num_hidden_layers"], written["hidden_size"]) == (3, 32)
+    assert load_config(tmp_path / "out", KIND) == config
+
+
 def test_wrong_files_are_refused(copy):
     change(copy / "config.json", llm_vocab_size=41)
     assert "found 83 tokens in the embedding, expected 84" in problems_of(copy)
@@ -151,9 +162,8 @@ def test_wrong_files_are_refused(copy):
     change(copy / "config.json", num_vq_tokens=16, w_clip_vit=True)
     assert "mm_projector.0.weight is missing" in problems_of(copy)
     change(copy / "config.json", w_clip_vit=False)
-    change(copy / "phi-1_5/config.json", num_hidden_layers=4, hidden_act="gelu")
-    text = problems_of(copy)
-    assert "num_hidden_layers is 4, expected 3" in text and "hidden_act is 'gelu'" in text
+    change(copy / "phi-1_5/config.json", hidden_act="gelu")
+    assert "hidden_act is 'gelu', expected 'gelu_new'" in problems_of(copy)
 
 
 def test_a_missing_tokenizer_and_a_wrong_table_are_refused(copy):

@@ -92,20 +92,28 @@ def _write_magvit_config(folder: Path, origin: Path | None) -> None:
 def _write_phi(folder: Path, phi: PhiConfig, origin: Path | None) -> list[str]:
     place = find_phi(origin) if origin else None
     (folder / PHI).mkdir(exist_ok=True)
-    for name in ("config.json", *TOKENIZER_FILES):
-        # The tokenizer may also stand in the model's folder itself, beside another config.json.
-        places = [place] if name == "config.json" else [place, origin]
-        file = next((p / name for p in places if p and (p / name).is_file()), None)
+    if place and _has_sizes(place / "config.json", phi):
+        write_bytes(folder / PHI / "config.json", read_unmarked(place / "config.json"))
+    else:
+        write_json(folder / PHI / "config.json", make_phi_config(phi))
+    for name in TOKENIZER_FILES:
+        # The tokenizer may also stand in the model's folder itself.
+        file = next((p / name for p in (place, origin) if p and (p / name).is_file()), None)
         if file:
             write_bytes(folder / PHI / name, read_unmarked(file))
-    if not (folder / PHI / "config.json").is_file():
-        write_json(folder / PHI / "config.json", make_phi_config(phi))
     if (folder / PHI / "tokenizer.json").is_file():
         return []
     return [
         f"no tokenizer.json of {PHI_HUB_ID} was found, so the output lacks one: copy it to "
         f"{folder.name}/{PHI} by hand"
     ]
+
+
+def _has_sizes(file: Path, phi: PhiConfig) -> bool:
+    """Returns whether a config.json is of a Phi of these sizes, which the original code needs."""
+    stated, made = (read_json(file) if file.is_file() else {}), make_phi_config(phi)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return all(stated.get(name) == made[name] for name in sizes)
 
 
 def make_phi_config(phi: PhiConfig) -> dict[str, Any]:
