@@ -30,6 +30,9 @@ def describe(path: Path, kind: NetworkKind) -> Iterator[str]:
         yield from _describe_sizes(checkpoint.config)
         yield from _describe_parts(checkpoint)
         yield from _describe_files(checkpoint.store)
+        yield from (
+            f"note        {note}" for note in kind.note_assumptions(path, checkpoint.config)
+        )
     for family in FAMILIES.values():
         if family.kind is kind:
             yield from _describe_tokens(path, family)
@@ -62,10 +65,13 @@ def _describe_files(store: Store) -> Iterator[str]:
     for info in store.infos.values():
         dtypes[info.dtype.name] += 1
         sizes[info.file] += info.nbytes
+    names = collections.Counter(file.name for file in sizes)
     total = sum(dtypes.values())
     yield f"tensors     {total}: {', '.join(f'{n} {name}' for name, n in dtypes.most_common())}"
     for file, size in sorted(sizes.items()):
-        yield f"  {file.name:<40} {size / 1e6:>12,.1f} MB"
+        # Parts of a network can have files of one name in several folders.
+        name = file.name if names[file.name] == 1 else f"{file.parent.name}/{file.name}"
+        yield f"  {name:<40} {size / 1e6:>12,.1f} MB"
 
 
 def _describe_tokens(folder: Path, family: Family) -> Iterator[str]:

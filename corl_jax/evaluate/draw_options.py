@@ -276,7 +276,7 @@ def find_setting_problems(
     from corl_jax.weights.hashing import hash_weights
 
     try:
-        settings["model_sha256"] = hash_weights(model.folder)
+        settings["model_sha256"] = hash_weights(model.folder, model.family.kind)
     except InputError as error:
         return error.problems
     return find_conflicts(out, manifest, settings, [name for name in OPTIONS if name != "dtype"])

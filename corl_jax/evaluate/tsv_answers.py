@@ -208,7 +208,7 @@ def describe_settings(
     return {
         "suite": "tsv",
         "model": str(args.model),
-        "model_sha256": hash_weights(model.folder),
+        "model_sha256": hash_weights(model.folder, model.family.kind),
         "data": str(args.data),
         "data_sha256": hash_file(args.data),
         "kind": kind,

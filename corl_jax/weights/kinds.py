@@ -116,6 +116,8 @@ class NetworkKind:
     # `model_type` or `_class_name` of a foreign config.json -> its layout; None: the tensors' names
     # tell the layout
     model_types: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    # (folder, sizes) -> what no file of the folder states, and which values it is taken to have
+    note_assumptions: Callable[[Path, Any], list[str]] = lambda folder, config: []
     rules: Rules = ()
     files: tuple[str, ...] = TOKENIZER_FILES  # copied with the weights
     own_format: OwnFormat = OwnFormat()

@@ -6,7 +6,6 @@ the conversion tables.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,7 @@ def jax_config(config: TorchConfig) -> ShowOConfig:
         intermediate_size=config.intermediate_size,
         num_layers=config.num_hidden_layers,
         num_heads=heads,
-        num_kv_heads=config.num_key_value_heads,
+        num_kv_heads=config.num_key_value_heads or heads,
         head_dim=config.hidden_size // heads,
         max_position_embeddings=config.max_position_embeddings,
     )
@@ -139,7 +138,7 @@ class Resample(nn.Module):
         return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def level(widths: list[int]) -> nn.Module:
+def level(widths: list[int]) -> Any:
     """A level whose blocks have these widths, the first of which is its input's."""
     made = nn.Module()
     made.block = nn.ModuleList(Residual(*widths[i : i + 2]) for i in range(len(widths) - 1))
@@ -162,6 +161,7 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         x = self.conv_in(x)
+        made: Any
         for made in self.down:
             for block in made.block:
                 x = block(x)
@@ -185,10 +185,12 @@ class Decoder(nn.Module):
 
     def forward(self, z):
         x = self.mid(self.conv_in(self.post_quant_conv(z)))
+        made: Any
         for number in range(len(self.up) - 1, -1, -1):
-            for block in self.up[number].block:
+            made = self.up[number]
+            for block in made.block:
                 x = block(x)
-            x = self.up[number].upsample(x) if number else x
+            x = made.upsample(x) if number else x
         return self.conv_out(functional.silu(self.norm_out(x)))
 
 
@@ -238,8 +240,3 @@ def tiny_tokenizer(seed: int = 0) -> Tokenizer:
 def tokenizer_params(model: Tokenizer) -> dict:
     """The weights of `vqmodel` as our nested dict."""
     return params_of(model, ())
-
-
-def stored_names(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """A state dict under the names of a Show-o's file."""
-    return {re.sub("^", "showo.", name): tensor.numpy() for name, tensor in state.items()}

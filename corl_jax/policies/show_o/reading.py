@@ -43,6 +43,7 @@ def prepare_texts(
 
 def embed_images(model: ShowO, codes: jax.Array, special: SpecialTokens) -> jax.Array:
     """Embeds soi, codes [N, M] and eoi to [N, M + 2, D]; code K is the mask token."""
+    # One vocabulary holds codes and control tokens, so one look-up embeds all.
     ids = jnp.pad(codes + special.first_code, ((0, 0), (1, 1)))
     return model.embed_text(ids.at[:, 0].set(special.soi).at[:, -1].set(special.eoi))
 

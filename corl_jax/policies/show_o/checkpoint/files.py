@@ -17,7 +17,7 @@ from corl_jax.errors import InputError
 from corl_jax.models.phi import PhiConfig
 from corl_jax.policies.show_o.network import ShowOConfig
 from corl_jax.weights.folders import read_unmarked
-from corl_jax.weights.kinds import OWN_LAYOUT, Assets
+from corl_jax.weights.kinds import Assets
 from corl_jax.weights.parts import describe_missing, find_companion
 from corl_jax.weights.shards import write_bytes, write_json
 from corl_jax.weights.storage import read_json
@@ -31,12 +31,6 @@ TOKENIZER_FILES = (
 GENERATION_FILE = "generation_config.json"
 VERSION = "0.30.1"
 """Version of diffusers that the published files name."""
-
-# What no tensor shows, with the values of phi-1_5: an absent setting has this value.
-_HIDDEN = (
-    "The share of each head that is rotated ({partial_rotary_factor:g}), the rotary base "
-    "({rope_theta:g}), the LayerNorms' epsilon ({layer_norm_eps:g}) and the tanh form of GELU"
-)
 
 
 def find_phi(folder: Path) -> Path | None:
@@ -58,19 +52,30 @@ def find_tokenizer(folder: Path) -> Path:
     raise InputError(describe_missing(folder, f"{PHI}/tokenizer.json", PHI_HUB_ID, small))
 
 
+def note_assumptions(folder: Path, config: ShowOConfig) -> list[str]:
+    """Returns a line with the settings that no file states; none with phi-1_5's config.json."""
+    place, phi = find_phi(folder), config.phi
+    if place and (place / "config.json").is_file():
+        return []
+    return [
+        f"{folder}: no file states the share of each head that is rotated, the rotary base, the "
+        f"norms' epsilon and the activation; they are taken to be those of {PHI_HUB_ID}: "
+        f"{phi.partial_rotary_factor:g}, {phi.rope_theta:g}, {phi.layer_norm_eps:g} and gelu_new"
+    ]
+
+
 def write_assets(
     folder: Path, layout: str, config: ShowOConfig, source: Assets | None, stated: Mapping[str, Any]
 ) -> list[str]:
     """Writes the folders phi-1_5 and magvitv2 without weights; returns notes for the user."""
     origin = source.folder if source else None
     _write_magvit_config(folder, origin)
-    notes = _write_phi(folder, config.phi, origin)
+    notes = note_assumptions(origin, config) if origin else []
+    notes += _write_phi(folder, config.phi, origin)
     if stated or (origin and (origin / GENERATION_FILE).is_file()):
         file = origin / GENERATION_FILE if origin else None
         old = read_json(file) if file and file.is_file() else {}
         write_json(folder / GENERATION_FILE, {**old, **stated})
-    if layout != OWN_LAYOUT and not (folder / PHI / "tokenizer.json").is_file():
-        notes.append("the original code takes the tokenizer from `llm_model_path` in config.json")
     return notes
 
 
@@ -87,25 +92,28 @@ def _write_magvit_config(folder: Path, origin: Path | None) -> None:
 def _write_phi(folder: Path, phi: PhiConfig, origin: Path | None) -> list[str]:
     place = find_phi(origin) if origin else None
     (folder / PHI).mkdir(exist_ok=True)
-    notes = []
-    for name in ("config.json", *TOKENIZER_FILES):
-        # The tokenizer may also stand in the model's folder itself, beside another config.json.
-        places = [place] if name == "config.json" else [place, origin]
-        file = next((p / name for p in places if p and (p / name).is_file()), None)
+    if place and _has_sizes(place / "config.json", phi):
+        write_bytes(folder / PHI / "config.json", read_unmarked(place / "config.json"))
+    else:
+        write_json(folder / PHI / "config.json", make_phi_config(phi))
+    for name in TOKENIZER_FILES:
+        # The tokenizer may also stand in the model's folder itself.
+        file = next((p / name for p in (place, origin) if p and (p / name).is_file()), None)
         if file:
             write_bytes(folder / PHI / name, read_unmarked(file))
-    if not (folder / PHI / "config.json").is_file():
-        write_json(folder / PHI / "config.json", make_phi_config(phi))
-        notes.append(
-            f"{_HIDDEN.format_map(vars(phi))} are those of {PHI_HUB_ID}: no file of the checkpoint "
-            f"states them, and none of {PHI}/config.json was found"
-        )
-    if not (folder / PHI / "tokenizer.json").is_file():
-        notes.append(
-            f"no tokenizer.json of {PHI_HUB_ID} was found, so the output lacks one: copy it to "
-            f"{folder.name}/{PHI} by hand"
-        )
-    return notes
+    if (folder / PHI / "tokenizer.json").is_file():
+        return []
+    return [
+        f"no tokenizer.json of {PHI_HUB_ID} was found, so the output lacks one: copy it to "
+        f"{folder.name}/{PHI} by hand"
+    ]
+
+
+def _has_sizes(file: Path, phi: PhiConfig) -> bool:
+    """Returns whether a config.json is of a Phi of these sizes, which the original code needs."""
+    stated, made = (read_json(file) if file.is_file() else {}), make_phi_config(phi)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return all(stated.get(name) == made[name] for name in sizes)
 
 
 def make_phi_config(phi: PhiConfig) -> dict[str, Any]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from corl_jax.policies.show_o.checkpoint import sizes
-from corl_jax.policies.show_o.checkpoint.files import TOKENIZER_FILES, write_assets
+from corl_jax.policies.show_o.checkpoint.files import (
+    TOKENIZER_FILES,
+    note_assumptions,
+    write_assets,
+)
 from corl_jax.policies.show_o.checkpoint.show_o_keys import PARTS, TABLE, derive
 from corl_jax.policies.show_o.layout import RULES
 from corl_jax.policies.show_o.network import ShowO, ShowOConfig
@@ -21,6 +25,7 @@ KIND = NetworkKind(
     derive=derive,
     # Most sizes are in the tensors, so these are read before the sizes.
     model_types={sizes.CLASS_NAME: None},
+    note_assumptions=note_assumptions,
     rules=RULES,
     files=TOKENIZER_FILES,
     foreign_export=ForeignExport(
