@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas
 import pytest
 
-from corl_jax.data.self_questions.generator import GeneratedRecords, write_records
+from corl_jax.data.self_questions.generator import make_generated_record, write_records
 from corl_jax.policies import inspect_policy
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.tokens import STRINGS
@@ -50,7 +50,8 @@ def released(model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> Path:
-    return write_records(tmp_path_factory.mktemp("records") / "rows", GeneratedRecords(16, 1))
+    made = (make_generated_record(1, index) for index in range(16))
+    return write_records(tmp_path_factory.mktemp("records") / "rows", made)
 
 
 def train(name: str, released: Path, records: Path, output: Path, *arguments: str) -> Path:
