@@ -17,7 +17,7 @@ from corl_jax.policies.family import (
     StraightThrough,
     Unmasking,
 )
-from corl_jax.policies.show_o import network, sampling
+from corl_jax.policies.show_o import images, network, sampling
 from corl_jax.policies.show_o.hiding import (
     COMMITTED_AT,
     HIDDEN_SHARES,
@@ -378,3 +378,16 @@ def test_log_probs_with_gradients_through_images_are_the_same(params):
         for x in (detached, through)
     ]
     assert np.isfinite(columns[1]).all() and np.abs(columns[1] - columns[0]).max() > 1e-4
+
+
+def test_images_are_coded_and_decoded_in_even_chunks(params, model, monkeypatch):
+    monkeypatch.setattr(images, "CODED_AT_ONCE", 2)
+    codes = np.random.default_rng(0).integers(0, K, (5, PLACES))
+    pixels = model.vqmodel.decode(codes)
+    levels = images.decode_images(CONFIG, params, codes)
+    assert levels.dtype == np.uint8 and levels.shape == pixels.shape
+    exact = np.clip((np.asarray(pixels) + 1) / 2 * 255, 0, 255)
+    sure = np.abs(exact - exact.round()) > 1e-2  # elsewhere rounding decides the last unit
+    np.testing.assert_array_equal(np.asarray(levels)[sure], exact.astype(np.uint8)[sure])
+    again = images.encode_images(CONFIG, params, pixels)
+    np.testing.assert_array_equal(again, model.vqmodel.encode(pixels))
