@@ -39,7 +39,7 @@ class Tokens:
 
 
 def open_tokens(folder: Path) -> Tokens:
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer: Any = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "phi-1_5/tokenizer.json"), bos_token="<|endoftext|>",
         eos_token="<|endoftext|>", unk_token="<|endoftext|>",
     )  # fmt: skip
@@ -204,12 +204,9 @@ def open_reference(folder: Path) -> Reference:
     config = json.loads((folder / "config.json").read_text())
     sizes = json.loads((folder / "phi-1_5/config.json").read_text())
     sizes = {name: value for name, value in sizes.items() if name != "model_type"}
-    phi = PhiForCausalLM(
-        PhiConfig(
-            **sizes | {"vocab_size": config["vocab_size"], "qk_layernorm": True},
-            attn_implementation="eager",
-        )
-    ).eval()
+    sizes |= {"vocab_size": config["vocab_size"], "qk_layernorm": True}
+    sizes |= {"attn_implementation": "eager"}
+    phi = PhiForCausalLM(PhiConfig(**sizes)).eval()
     state = load_file(folder / "pytorch_model.safetensors")
     phi.load_state_dict({key.removeprefix("showo."): value for key, value in state.items()})
     return Reference(

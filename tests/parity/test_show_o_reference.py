@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 import corl_jax
-from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
+from corl_jax.devices.mesh import make_mesh, param_shardings
 from corl_jax.policies.family import SamplingOptions, Unmasking
 from corl_jax.policies.show_o import images, network, sampling
 from corl_jax.policies.show_o.layout import RULES
-from corl_jax.policies.show_o.masks import make_generation_mask, make_question_mask
+from corl_jax.policies.show_o.masks import make_generation_mask
 from tests.parity import show_o_reference as reference
 from tests.support import show_o_files
 from tests.support.tiny_models import tiny_image
@@ -64,7 +64,7 @@ def test_states_and_logits_of_drawing(pair, most):
         np.testing.assert_allclose(model.text_logits(hidden)[0], logits, atol=1e-3)
 
 
-def draw_both(pair, texts, scale, steps, *, given=0, length=None, dtype=jnp.float32, params=None):
+def draw_both(pair, texts, scale, steps, *, given=0, length=None, params=None):
     rows, draw = len(texts), np.random.default_rng(steps)
     codes = pair.ours.sizes.num_codes
     gumbels = draw.gumbel(size=(steps, rows, PLACES, codes)).astype(np.float32)
@@ -79,8 +79,10 @@ def draw_both(pair, texts, scale, steps, *, given=0, length=None, dtype=jnp.floa
                 pair.theirs, text, 31, scale - 1, steps, gumbels[:, row], uniforms[:, row], of_row
             )
         )
-    options = SamplingOptions(pair.processor.special, cfg_scale=scale, dtype=dtype,
-                              attention="xla", unmasking=Unmasking(steps, "trajectory"))  # fmt: skip
+    options = SamplingOptions(
+        pair.processor.special, cfg_scale=scale, dtype=jnp.float32, attention="xla",
+        unmasking=Unmasking(steps, "trajectory"),
+    )  # fmt: skip
     drawing = dataclasses.replace(sampling.make_drawing(pair.ours.sizes, options), record=True)
     drawn, _, _ = sampling.image_program.default(
         pair.ours.sizes, pair.ours.params if params is None else params,

@@ -47,9 +47,9 @@ def find_tokenizer(folder: Path) -> Path:
     for place in places:
         if (place / "tokenizer.json").is_file():
             return place
-    # `--include` takes several patterns behind it; the weights of phi-1_5 are not needed.
-    small = " --include '*.json' 'merges.txt' --exclude '*.safetensors*'"
-    raise InputError(describe_missing(folder, f"{PHI}/tokenizer.json", PHI_HUB_ID, small))
+    # By name: its weights are not needed, and versions of hf read several patterns differently.
+    names = (*TOKENIZER_FILES, "config.json")
+    raise InputError(describe_missing(folder / PHI, PHI_HUB_ID, names))
 
 
 def note_assumptions(folder: Path, config: ShowOConfig) -> list[str]:
