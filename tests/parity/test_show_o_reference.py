@@ -13,11 +13,16 @@ import torch
 from PIL import Image
 
 import corl_jax
+from corl_jax.algorithms.losses import NEGATIVE_LOG_LIKELIHOOD, LossConstants
 from corl_jax.devices.mesh import make_mesh, param_shardings
-from corl_jax.policies.family import SamplingOptions, Unmasking
+from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, SamplingOptions, Unmasking
 from corl_jax.policies.show_o import images, network, sampling
+from corl_jax.policies.show_o.hiding import POSITIONS, SHARES, choose_hidden
 from corl_jax.policies.show_o.layout import RULES
 from corl_jax.policies.show_o.masks import make_generation_mask
+from corl_jax.tasks import CODES, TEXT
+from corl_jax.train.step import TaskBatch, UpdateOptions, gradients
+from corl_jax.types import Segment
 from tests.parity import show_o_reference as reference
 from tests.support import show_o_files
 from tests.support.tiny_models import tiny_image
@@ -166,3 +171,78 @@ def test_pixels_of_codes(pair):
     # A level that is a whole number up to rounding may be cut off to the one below.
     difference = np.abs(decoded.astype(int) - expected.astype(int))
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+# ---- losses of given images and texts
+
+
+def compute_losses(pair, batch, *, released, micro_batches=1):
+    options = UpdateOptions(
+        loss=NEGATIVE_LOG_LIKELIHOOD,
+        constants=LossConstants(),
+        logprobs=LogprobOptions(
+            pair.processor.special, image=pair.processor.image, given=True, released=released,
+        ),
+        weights=tuple(dict.fromkeys(batch, 1.0).items()), dtype=jnp.float32,
+        micro_batches=micro_batches,
+    )  # fmt: skip
+    trained = {name: pair.ours.params[name] for name in ("language_model", "lm_head")}
+    frozen = {"vqmodel": pair.ours.params["vqmodel"]}
+    compute = jax.jit(
+        lambda batch: gradients(
+            pair.ours.family, pair.ours.sizes, options, trained, frozen, batch
+        )[1]
+    )  # fmt: skip
+    return float(compute(batch)["loss"])
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_the_loss_of_given_images(pair, released):
+    rows = len(TEXTS)
+    codes = np.random.default_rng(0).integers(0, pair.ours.sizes.num_codes, (rows, PLACES))
+    keys = jax.random.split(jax.random.key(5), rows)
+    segment = Segment(
+        CODES, jnp.asarray(codes), jnp.ones(codes.shape, bool),
+        replay={NOISE_KEYS: jax.random.key_data(keys)},
+    )  # fmt: skip
+    hidden = np.asarray(choose_hidden(segment))
+    for row, key in enumerate(keys):
+        time = float(jax.random.uniform(jax.random.fold_in(key, SHARES)))
+        draws = np.asarray(jax.random.uniform(jax.random.fold_in(key, POSITIONS), (PLACES,)))
+        np.testing.assert_array_equal(hidden[row], reference.choose_masked(time, draws))
+    assert len({*hidden.sum(axis=-1)}) > 1
+    expected = reference.drawing_loss(
+        pair.theirs, list(zip(TEXTS, codes.tolist(), hidden, strict=True)), 31, ends=released
+    )
+    batch = {"t2i": TaskBatch(encode(pair, TEXTS), (segment,))}
+    for pieces in (1, 2):
+        loss = compute_losses(pair, batch, released=released, micro_batches=pieces)
+        assert abs(loss - expected) < 2e-5 * expected
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_the_loss_of_given_answers(pair, released):
+    questions, answers = ["how many?", "what is it? and where?"], ["two", "a red circle"]
+    tokens, special = pair.theirs.tokens, pair.processor.special
+    encoded = pair.processor.encode(
+        "question", [pair.processor.prompt_ids("question", {"qa_problem": x}) for x in questions],
+        [tiny_image(i, (16, 16)) for i in range(2)],
+    )  # fmt: skip
+    with torch.no_grad():
+        codes = pair.theirs.encode(torch.from_numpy(encoded.pixel_values).permute(0, 3, 1, 2))
+    rows, targets = [], []
+    for question, answer, image in zip(questions, answers, codes.tolist(), strict=True):
+        front = reference.make_question_ids(tokens, question, image)
+        text = tokens.encode(f"USER: \n{question} ASSISTANT: {answer}")
+        ids = [*front[: 3 + PLACES], tokens.end, *text, tokens.end]
+        first = 3 + PLACES if released else len(front)
+        is_target = [place >= first for place in range(len(ids))]
+        rows.append((ids, reference.mask_question(tokens, ids), is_target))
+        targets.append([*pair.processor.answer_ids(answer), special.eos])
+    expected = reference.shifted_loss(pair.theirs, rows)
+    length = max(map(len, targets)) + 2
+    values = np.array([[*row, *[special.eos] * (length - len(row))] for row in targets], np.int32)
+    mask = np.arange(length) < np.array([[len(row)] for row in targets])
+    batch = {"mm2t": TaskBatch(encoded, (Segment(TEXT, jnp.asarray(values), jnp.asarray(mask)),))}
+    loss = compute_losses(pair, batch, released=released)
+    assert abs(loss - expected) < 2e-5 * expected
