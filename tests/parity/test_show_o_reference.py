@@ -246,3 +246,25 @@ def test_the_loss_of_given_answers(pair, released):
     batch = {"mm2t": TaskBatch(encoded, (Segment(TEXT, jnp.asarray(values), jnp.asarray(mask)),))}
     loss = compute_losses(pair, batch, released=released)
     assert abs(loss - expected) < 2e-5 * expected
+
+
+def test_in_bfloat16_the_image_tokenizer_stays_in_float32(pair):
+    """A rounded latent would change the codes that a question reads."""
+    half = corl_jax.load(pair.folder, dtype="bfloat16")
+    dtypes = {name: {x.dtype.name for x in jax.tree.leaves(tree)} for name, tree in
+              half.policy.params.items()}  # fmt: skip
+    assert dtypes == {
+        "language_model": {"bfloat16"}, "lm_head": {"bfloat16"}, "vqmodel": {"float32"},
+    }  # fmt: skip
+    picture = tiny_image(3, (40, 24))
+    (question,) = pair.processor.encode("question", [[0]], [picture]).pixel_values
+    codes = [
+        images.encode_images(policy.sizes, policy.params, jnp.asarray(question)[None])
+        for policy in (half.policy, pair.ours)
+    ]
+    np.testing.assert_array_equal(*codes)
+    with torch.no_grad():
+        theirs = pair.theirs.encode(torch.from_numpy(question)[None].permute(0, 3, 1, 2))
+    np.testing.assert_array_equal(codes[0], theirs.numpy())
+    drawn = half.generate_images("a red circle", n=3, image_steps=3)
+    assert [image.size for image in drawn] == [(16, 16)] * 3
