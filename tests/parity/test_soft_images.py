@@ -16,7 +16,7 @@ from corl_jax.params import leaf_paths
 from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, StraightThrough
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.image_settings import ImageSettings
-from corl_jax.policies.straight_through import choose_vectors, draw_noise, score_codes
+from corl_jax.policies.soft_choices import choose_vectors, draw_noise, score_codes
 from corl_jax.tasks import TASKS
 from corl_jax.train import step
 from tests.parity import torch_janus

@@ -38,7 +38,7 @@ from corl_jax.policies.janus.sampling import (
 )
 from corl_jax.policies.janus.soft_images import make_soft_pixels
 from corl_jax.policies.janus.tokens import SpecialTokens
-from corl_jax.policies.straight_through import choose_vectors
+from corl_jax.policies.soft_choices import choose_vectors
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.types import EncodedPrompts, Params, Segment
 

@@ -1,6 +1,8 @@
-"""Lets the gradient of an answer flow into the pixels of the image that it is about.
+"""Makes pixels of relaxed image codes, so that the gradient of an answer flows into its image.
 
-    code vectors of `straight_through`  ->  VQ decoder  ->  pixels  ->  vision tower
+    vectors of the codes  ->  VQ decoder  ->  pixels  ->  vision tower
+
+`policies.soft_choices` makes the vectors.
 
 Source: showlab/UniRL (arXiv 2505.23380) eq. 3.
 """
@@ -17,7 +19,7 @@ from corl_jax.policies.image_chunks import choose_chunks
 from corl_jax.policies.janus.image_settings import ImageSettings
 from corl_jax.policies.janus.network import Janus
 from corl_jax.policies.janus.pillow_resize import make_resize_weights
-from corl_jax.policies.straight_through import pass_gradient
+from corl_jax.policies.soft_choices import pass_gradient
 
 # The decoder's activations of an image in float32 take 75 MB a layer, and the backward pass has
 # all layers of a chunk at once.

@@ -36,9 +36,10 @@ class ShowOConfig:
     magvit: MagvitConfig = dataclasses.field(default_factory=MagvitConfig)
     num_vq_tokens: int = 256  # codes of an image
     llm_vocab_size: int = 50295  # tokens of the text tokenizer
-    # True: files have a projector of CLIP's features, of which `clip_width` channels
+    # True: files have a projector of CLIP's features. No prompt reads it: images are read as codes.
     w_clip_vit: bool = False
-    clip_width: int = 1024
+    clip_width: int = 1024  # channels of CLIP's features
+    projector_width: int = 2048  # of its hidden layer and its output, as the original code has it
 
     @property
     def num_image_tokens(self) -> int:
@@ -90,7 +91,7 @@ PRESETS = {
 
 
 class ClipProjector(nnx.Module):
-    """CLIP's features [..., clip_width] -> embeddings [..., D]."""
+    """CLIP's features [..., clip_width] -> embeddings [..., projector_width]."""
 
     def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs):
         self.fc1 = make_linear(inputs, width, bias=True, rngs=rngs)
@@ -112,7 +113,7 @@ class ShowO(nnx.Module):
         self.lm_head = make_linear(width, config.phi.vocab_size, bias=True, rngs=rngs)
         self.vqmodel = Magvit(config.magvit, rngs=rngs)
         if config.w_clip_vit:
-            self.mm_projector = ClipProjector(config.clip_width, width, rngs=rngs)
+            self.mm_projector = ClipProjector(config.clip_width, config.projector_width, rngs=rngs)
 
     def embed_text(self, input_ids: jax.Array) -> jax.Array:
         """Embeds ids [..., T] of the one vocabulary to [..., T, D]."""

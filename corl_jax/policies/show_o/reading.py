@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from corl_jax.policies.decoding import Rows
-from corl_jax.policies.show_o.images import encode_in_chunks
 from corl_jax.policies.show_o.network import ShowO
 from corl_jax.policies.show_o.tokens import SpecialTokens
 from corl_jax.types import EncodedPrompts
 
+FRONT = 3
+"""Tokens beside the codes in front of a question: mmu, soi and eoi."""
 IMAGE_ORDERS = "causal", "full"
 """A text is causal, and its image sees all of itself; see `models.phi.Order`."""
 
@@ -42,19 +43,20 @@ def prepare_texts(
     return move_padding_last(rows.interleave_prompts(ids, blank_ids(ids, special)), special)
 
 
-def embed_images(model: ShowO, codes: jax.Array, special: SpecialTokens) -> jax.Array:
-    """Embeds soi, codes [N, M] and eoi to [N, M + 2, D]; code K is the mask token."""
-    # One vocabulary holds codes and control tokens, so one look-up embeds all.
+def frame_codes(codes: jax.Array, special: SpecialTokens) -> jax.Array:
+    """Returns the ids [N, M + 2] of soi, codes [N, M] and eoi; code K is the mask token."""
     ids = jnp.pad(codes + special.first_code, ((0, 0), (1, 1)))
-    return model.embed_text(ids.at[:, 0].set(special.soi).at[:, -1].set(special.eoi))
+    return ids.at[:, 0].set(special.soi).at[:, -1].set(special.eoi)
 
 
-def split_image_states(hidden: jax.Array, rows: Rows) -> tuple[jax.Array, ...]:
+def split_image_states(
+    hidden: jax.Array, rows: Rows, *, framed: bool = False
+) -> tuple[jax.Array, ...]:
     """Returns the states [N, M, D] of the codes: conditional ones, and unconditional with guidance.
 
-    `hidden` [rows, M + 2, D] are those of `embed_images`.
+    `hidden` [rows, M + 2, D] are those of the ids of `frame_codes`; `framed` keeps all of them.
     """
-    states = rows.split(hidden[:, 1:-1])
+    states = rows.split(hidden if framed else hidden[:, 1:-1])
     return states if rows.guided else states[:1]
 
 
@@ -81,7 +83,7 @@ def fill_codes(model: ShowO, prompts: EncodedPrompts, special: SpecialTokens) ->
     ids = jnp.asarray(prompts.input_ids)
     if prompts.pixel_values is None:
         return ids
-    return place_codes(ids, encode_in_chunks(model.vqmodel, prompts.pixel_values), special)
+    return place_codes(ids, model.vqmodel.encode(prompts.pixel_values), special)
 
 
 def place_codes(ids: jax.Array, codes: jax.Array, special: SpecialTokens) -> jax.Array:

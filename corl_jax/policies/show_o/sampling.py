@@ -27,10 +27,11 @@ from corl_jax.policies.show_o.layout import RULES
 from corl_jax.policies.show_o.logprobs import image_logprobs
 from corl_jax.policies.show_o.network import ShowO, ShowOConfig
 from corl_jax.policies.show_o.reading import (
+    FRONT,
     IMAGE_ORDERS,
     compute_image_logits,
-    embed_images,
     fill_codes,
+    frame_codes,
     prepare_texts,
     split_image_states,
 )
@@ -73,7 +74,7 @@ def draw_images(
     )
 
     def read(codes: jax.Array) -> tuple[jax.Array, ...]:
-        embeds = rows.repeat_samples(embed_images(model, codes, special))
+        embeds = rows.repeat_samples(model.embed_text(frame_codes(codes, special)))
         hidden = model.language_model.read_second(
             embeds, caches, lengths, IMAGE_ORDERS[1], attention=attention
         )
@@ -209,7 +210,7 @@ def _run_text_program(
     # mmu, soi, the codes and eoi see each other in both directions.
     decoder, last = read_question_prompts(
         model.language_model, model.embed_text(ids), ids != special.pad,
-        config.num_image_tokens + 3, options.attention,
+        config.num_image_tokens + FRONT, options.attention,
     )  # fmt: skip
     greedy_last = rows.group_size if options.greedy_last else 0
     choice = Choice(temperature, options.greedy, options.top_k, options.top_p, greedy_last)

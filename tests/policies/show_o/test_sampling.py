@@ -199,7 +199,7 @@ def test_scoring_repeats_what_the_sampler_recorded(params, form, distribution):
     prompts, changes = drawing_prompts(), {"image_logprobs": distribution, "unmasking": form}
     segments = sample(params, prompts, make_keys(6), temperature=1.5, **changes)
     options = dataclasses.replace(SCORING, temperature=1.5, **changes)
-    (scored,) = choose_scored(segments, options)
+    (scored,) = choose_scored(prompts, segments, options)
     score = jax.jit(lambda *x: score_codes(CONFIG, params, *x, options)[0])
     logprobs, entropies = score(prompts, segments)
     np.testing.assert_allclose(logprobs, segments[0].logprobs, atol=2e-5)
@@ -216,7 +216,7 @@ def test_scoring_repeats_what_the_sampler_recorded(params, form, distribution):
 def test_one_shot_log_probs_equal_a_masked_pass(params, model):
     prompts = drawing_prompts()
     segments = sample(params, prompts, make_keys(6))
-    (hidden,) = choose_scored(segments, SCORING)
+    (hidden,) = choose_scored(drawing_prompts(), segments, SCORING)
     values = segments[0].values
     ids = jnp.repeat(jnp.asarray(prompts.input_ids), 2, axis=0)
     logits = slow_logits(model, ids, jnp.where(hidden, K, values))
@@ -227,7 +227,7 @@ def test_one_shot_log_probs_equal_a_masked_pass(params, model):
 
 def test_a_group_hides_equally_many_codes_at_different_places(params):
     segments = sample(params, drawing_prompts(), make_keys(24))
-    (hidden,) = choose_scored(segments, SCORING)
+    (hidden,) = choose_scored(drawing_prompts(), segments, SCORING)
     counts = np.asarray(hidden).sum(axis=-1).reshape(3, 8)
     assert (counts == counts[:, :1]).all() and len({*counts[:, 0]}) > 1
     shares = np.asarray(segments[0].replay[HIDDEN_SHARES]).reshape(3, 8)
@@ -239,14 +239,14 @@ def test_trajectories_and_complements_score_every_code_once(params):
     for form in (FORMS[1], FORMS[2]):
         segments = sample(params, drawing_prompts(), make_keys(6), unmasking=form)
         options = dataclasses.replace(SCORING, unmasking=form)
-        assert np.asarray(choose_scored(segments, options)[0]).all()
+        assert np.asarray(choose_scored(drawing_prompts(), segments, options)[0]).all()
 
 
 def test_given_images_hide_a_share_of_their_own():
     bits = jax.random.key_data(make_keys(400))
     codes = jnp.zeros((400, PLACES), jnp.int32)
     segment = Segment(CODES, codes, codes == 0, replay={NOISE_KEYS: bits})
-    hidden = np.asarray(choose_scored((segment,), SCORING)[0]).sum(axis=-1)
+    hidden = np.asarray(choose_scored(drawing_prompts(), (segment,), SCORING)[0]).sum(axis=-1)
     assert hidden.min() == 1 and hidden.max() == PLACES
     # The mean of cos(pi t / 2) is 2 / pi.
     assert abs(hidden.mean() / PLACES - 2 / np.pi) < 0.06

@@ -1,9 +1,9 @@
-"""Lets the gradient of an answer flow into the image that it is about (straight-through Gumbel).
+"""Relaxes the choice of image codes, so that a gradient can flow into it (straight-through Gumbel).
 
-The image was sampled. A pass over its codes gives the logits z of its places. Their relaxed choice
-y = softmax(s / tau) has the gradient, and the sampled codes give the value:
+The codes were sampled. The states that score them give the logits z of every place. Their relaxed
+choice y = softmax(s / tau) has the gradient, and the sampled codes give the value:
 
-    h + y - stop_gradient(y)  ->  code vectors
+    h + y - stop_gradient(y)  ->  vectors of the codes
 
 The scores s are Gumbel noise of which the sampled code is the winner, so that y belongs to the
 image that was really drawn. With `redraw` the noise is fresh, and another image is drawn.
@@ -58,28 +58,36 @@ def score_codes(
 
 
 def choose_vectors(
-    logits_of: Callable[[Any], jax.Array], book: jax.Array, states: Any, codes: jax.Array,
-    keys: jax.Array, options: LogprobOptions,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Returns code vectors [N, T, E] with the relaxed gradient, and the chosen codes [N, T].
+    logits_of: Callable[[Any], jax.Array],
+    book: jax.Array,
+    states: Any,
+    codes: jax.Array,
+    keys: jax.Array,
+    options: LogprobOptions,
+    is_soft: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns vectors [N, T, E] of codes with the relaxed gradient, and the chosen codes [N, T].
 
-    `states` score the codes [N, T], and `logits_of` maps a slice of them to logits. `book` [K, E]
-    are the vectors of the codes. `options.chunk` tokens have logits at once.
+    `book` [K, E] has the vectors of all codes. `states` are an array [N, T, D] or a tuple of such
+    arrays, of which `logits_of` makes logits; `options.chunk` tokens have logits at once. Where
+    `is_soft` [N, T] is False, the code stays and has no relaxed gradient.
     """
     through, book = options.straight_through, book.astype(jnp.float32)
     assert through is not None  # the stage is one with gradients through images
+    is_soft = jnp.ones(codes.shape, bool) if is_soft is None else is_soft
 
     def choose(piece: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-        hidden, chosen, places = piece
+        hidden, given, soft, places = piece
         logits = logits_of(hidden).astype(jnp.float32)
         noise = draw_noise(keys, places[0], logits.shape[-1])
-        scores, chosen = score_codes(logits, chosen, noise, through.redraw)
-        relaxed = jax.nn.softmax(scores / through.temperature, axis=-1)
+        scores, chosen = score_codes(logits, given, noise, through.redraw)
+        chosen = jnp.where(soft, chosen, given)
+        relaxed = jax.nn.softmax(scores / through.temperature, axis=-1) * soft[..., None]
         # Equal to (h + y - stop_gradient(y)) @ book, without the one-hots h.
         return pass_gradient(book[chosen], relaxed @ lax.stop_gradient(book)), chosen
 
     places = jnp.broadcast_to(jnp.arange(codes.shape[1]), codes.shape)
-    return map_chunks(choose, (states, codes, places), options.chunk)
+    return map_chunks(choose, (states, codes, is_soft, places), options.chunk)
 
 
 def pass_gradient(value: jax.Array, soft: jax.Array) -> jax.Array:
