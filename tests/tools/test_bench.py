@@ -31,7 +31,7 @@ from corl_jax.rewards import captions, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY
 from corl_jax.rewards.samples import Network
-from corl_jax.tasks import TEXT
+from corl_jax.tasks import CODES, TEXT
 from corl_jax.types import Segment
 from corl_jax.weights.layouts import KINDS
 from tests.support.tolerances import LOGPROBS
@@ -51,6 +51,7 @@ from tools.bench import (
 )
 from tools.bench.ceilings import Ceilings
 from tools.bench.cost import Work, count_step_bytes, count_training_operations
+from tools.bench.families import describe_janus
 from tools.bench.setting import Setting
 from tools.bench.sizes import PARTS, SIZES
 from tools.bench.timing import Record, Timing
@@ -77,7 +78,7 @@ def found(lines):
 def published(name: str, folder: Path) -> Setting:
     """8 x 8 of a size, with ceilings of 1."""
     size = SIZES[name]
-    processor = vocabularies.write_processor(folder / name, size.janus)
+    processor = size.measured.write_processor(folder / name, size.policy)
     mesh = make_mesh(devices=jax.local_devices()[:1])
     return Setting(
         size=size, prompts=8, group=8, repeats=1, micro_batch=None, remat="full", attention="xla",
@@ -304,7 +305,7 @@ def test_both_layouts_draw_the_same(monkeypatch):
     command.main(["--size", "tiny", "--parts", "layouts", *small])
     assert len(drawn) == 2 and len(asked) == 1
     matrices = [names for names in laid_out if names[0] != "batch"]
-    assert len(matrices) == 4 * SIZES["tiny"].janus.llama.num_layers, "of one of the two alone"
+    assert len(matrices) == 4 * SIZES["tiny"].policy.llama.num_layers, "of one of the two alone"
     assert (drawn[0] == drawn[1]).mean() > 0.5, "rounding alone parts them"
 
 
@@ -469,6 +470,7 @@ def test_a_mask_that_shows_padding_is_noticed(tmp_path):
         prompts = correctness.make_prompts(setting, "t2i")
         assert prompts.attention_mask[0].all() and not prompts.attention_mask[-1].all()
         tokens = np.arange(64, dtype=np.int32).reshape(4, 16)  # a shape that is compiled already
+        tokens = Segment(CODES, tokens, tokens >= 0)
         right = score("t2i", prompts, tokens)
         shown = dataclasses.replace(prompts, attention_mask=np.ones_like(prompts.attention_mask))
         wrong = score("t2i", shown, tokens)
@@ -477,7 +479,7 @@ def test_a_mask_that_shows_padding_is_noticed(tmp_path):
 
 
 def test_the_shorter_prompt_alone_is_all_its_tokens():
-    prompts = inputs.make_questions(SIZES["tiny"].janus, SPECIAL, 3, 26, seed=1)
+    prompts = inputs.make_questions(SIZES["tiny"], SPECIAL, 3, 26, seed=1)
     alone = correctness.remove_padding(prompts, -1)
     kept = prompts.attention_mask[-1].sum()
     assert alone.input_ids.shape == alone.attention_mask.shape == (1, kept)
@@ -551,25 +553,26 @@ def test_work_by_hand():
         vq=VQConfig(num_embeddings=13, channel_multiplier=(1,), num_res_blocks=1),
         image_token_embed=6,
     )  # fmt: skip
+    costs = describe_janus(config)
     layers = 2 * (3 * (28 + 14 + 14 + 28) + 3 * 3 * 5)
     text, image = Work("mm2t", 2, 3, 10, 4), Work("t2i", 2, 3, 10, 4, guided=True)
     token = 2 * 2 * 2 * 14  # keys and values, of bfloat16, in two layers
-    assert count_step_bytes(config, text, shared=False) == 2 * (layers + 3 * 11) + token * 6 * 12
-    assert count_step_bytes(config, text, shared=True) == 2 * (layers + 3 * 11) + token * (20 + 12)
+    assert count_step_bytes(costs, text, shared=False) == 2 * (layers + 3 * 11) + token * 6 * 12
+    assert count_step_bytes(costs, text, shared=True) == 2 * (layers + 3 * 11) + token * (20 + 12)
     head = 3 * 6 + 6 * 13
-    assert count_step_bytes(config, image, shared=False) == 2 * (layers + head) + token * 12 * 12
-    assert count_step_bytes(config, image, shared=True) == 2 * (layers + head) + token * (40 + 24)
+    assert count_step_bytes(costs, image, shared=False) == 2 * (layers + head) + token * 12 * 12
+    assert count_step_bytes(costs, image, shared=True) == 2 * (layers + head) + token * (40 + 24)
     operations = 6 * layers * 6 * 14 + 6 * 33 * 24 + 12 * 2 * 28 * 6 * 14**2 / 2
-    assert count_training_operations(config, (text,), shared=False) == operations
+    assert count_training_operations(costs, (text,), shared=False) == operations
     pairs = 2 * 50 + 6 * (40 + 8)
     operations = 6 * layers * (20 + 24) + 6 * 33 * 24 + 12 * 2 * 28 * pairs
-    assert count_training_operations(config, (text,), shared=True) == operations
+    assert count_training_operations(costs, (text,), shared=True) == operations
     llama = config.llama
     adapted = janus_network.add_adapters(config, Lora(3, 6.0, ("q_proj", "down_proj")))
     wide = llama.num_heads * llama.head_dim
     adapters = 3 * llama.num_layers * (2 * llama.hidden_size + wide + llama.intermediate_size)
     operations = (4 * layers + 6 * adapters) * 44 + 4 * 33 * 24 + 12 * 2 * 28 * pairs
-    assert count_training_operations(adapted, (text,), shared=True) == operations
+    assert count_training_operations(describe_janus(adapted), (text,), shared=True) == operations
 
 
 def test_work_of_the_published_size():
@@ -577,16 +580,16 @@ def test_work_of_the_published_size():
     size = SIZES["1b"]
     image = Work("t2i", 8, 8, size.image_prompt, 576, guided=True)
     text = Work("mm2t", 8, 8, size.text_prompt, size.new_tokens)
-    assert count_step_bytes(size.janus, image, shared=False) == pytest.approx(10.80e9, rel=2e-3)
-    assert count_step_bytes(size.janus, text, shared=False) == pytest.approx(14.613e9, rel=1e-4)
-    assert count_step_bytes(size.janus, text, shared=True) == pytest.approx(7.170e9, rel=1e-4)
+    assert count_step_bytes(size.costs, image, shared=False) == pytest.approx(10.80e9, rel=2e-3)
+    assert count_step_bytes(size.costs, text, shared=False) == pytest.approx(14.613e9, rel=1e-4)
+    assert count_step_bytes(size.costs, text, shared=True) == pytest.approx(7.170e9, rel=1e-4)
     works = (Work("t2i", 8, 8, 40, 576), Work("mm2t", 8, 8, 676, 256))
-    operations = count_training_operations(size.janus, works, shared=False)
+    operations = count_training_operations(size.costs, works, shared=False)
     assert operations == pytest.approx(783e12, rel=5e-3)
 
 
 def test_prompts_are_left_padded_and_hold_one_picture():
-    config = SIZES["tiny"].janus
+    config = SIZES["tiny"]
     drawing = inputs.make_image_prompts(config, SPECIAL, 5, 12)
     asking = inputs.make_questions(config, SPECIAL, 5, 26)
     for prompts in (drawing, asking):
@@ -626,7 +629,7 @@ def test_a_made_up_caption_is_as_many_tokens_again(tmp_path):
 @pytest.mark.parametrize("name", ["1b", pytest.param("7b", marks=pytest.mark.slow)])
 def test_published_sizes_trace(name, tmp_path):
     setting = published(name, tmp_path)
-    params = janus_network.abstract(setting.size.janus)
+    params = setting.size.family.abstract(setting.size.policy)
     for task, length in (("t2i", 576), ("mm2t", 512)):
         prompts = generation.make_prompts(setting, task)
         keys = jax.eval_shape(lambda: generation.make_keys(setting, task))  # noqa: B023
