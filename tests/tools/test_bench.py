@@ -187,7 +187,7 @@ def test_the_peer_does_the_same_work(lines, found):
         "text": ("transformers generate",),
         "train": ("eager step",),
     }.items():
-        ours = found[part, versus.OURS[part]]
+        ours = found[part, versus.OURS["janus"][part]]
         for name in names:
             theirs, rates = found[part, name], ("images_per_s", "tokens_per_s")
             times = theirs["median_s"] / ours["median_s"]
