@@ -27,6 +27,7 @@ from corl_jax.policies.janus import network as janus_network
 from corl_jax.policies.janus import sampling
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.policies.show_o import masks
 from corl_jax.rewards import captions, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY
@@ -50,13 +51,21 @@ from tools.bench import (
     vocabularies,
 )
 from tools.bench.ceilings import Ceilings
-from tools.bench.cost import Work, count_step_bytes, count_training_operations
+from tools.bench.cost import (
+    Costs,
+    Work,
+    count_drawing_operations,
+    count_forward_operations,
+    count_step_bytes,
+    count_training_operations,
+)
 from tools.bench.families import describe_janus
 from tools.bench.setting import Setting
-from tools.bench.sizes import PARTS, SIZES
+from tools.bench.sizes import PARTS, SHOW_O_PARTS, SIZES
 from tools.bench.timing import Record, Timing
 
 PROMPTS, GROUP = 2, 2
+SLOW = pytest.mark.slow
 TINY = ["--size", "tiny", "--prompts", str(PROMPTS), "--group", str(GROUP), "--repeats", "1"]
 SPECIAL = SpecialTokens(bos=1, eos=2, pad=0, boi=3, eoi=4, image=5)
 
@@ -361,6 +370,8 @@ def test_calls_with_the_same_bits_are_told_from_others(monkeypatch, capsys):
         (["--mesh", "data=2", "--parts", "rewards"], "--parts: found rewards, measured on one"),
         (["--mesh", "data=2", "--peer", "transformers"], "--peer: PyTorch runs on one device"),
         (["--parts", "layouts"], "--parts: found layouts; give --mesh fsdp=N"),
+        (["--parts", "forward"], "--parts: found forward, which no janus has"),
+        (["--size", "show-o-tiny", "--parts", "rewards,vq"], "found rewards, which no show_o has"),
         (["--mesh", "data=64", "--prompts", "64"], "asks for 64 devices of the 8 here"),
     ],
 )
@@ -626,16 +637,133 @@ def test_a_made_up_caption_is_as_many_tokens_again(tmp_path):
     assert similarity._tokenize(network, [said], 64)[said] == [101, *ids, 102]
 
 
-@pytest.mark.parametrize("name", ["1b", pytest.param("7b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["1b", *(pytest.param(x, marks=SLOW) for x in ("7b", "show-o-512"))]
+)
 def test_published_sizes_trace(name, tmp_path):
     setting = published(name, tmp_path)
     params = setting.size.family.abstract(setting.size.policy)
-    for task, length in (("t2i", 576), ("mm2t", 512)):
+    size = setting.size
+    for task, length in (("t2i", size.limits.image_tokens), ("mm2t", size.new_tokens)):
         prompts = generation.make_prompts(setting, task)
         keys = jax.eval_shape(lambda: generation.make_keys(setting, task))  # noqa: B023
         rollout = jax.eval_shape(generation.make_samplers(setting)[task], params, prompts, keys)
         assert rollout.values.shape == (64, length)
-    assert prompts.input_ids.shape == (8, 676)
+    assert prompts.input_ids.shape == (8, size.text_prompt)
+
+
+# ---- Show-o
+
+
+def measure_show_o(out: Path, *arguments: str) -> dict[tuple[str, str], dict]:
+    """What a run at tiny size writes, PyTorch's with it."""
+    command.main(["--size", "show-o-tiny", *TINY[2:], *arguments, "--out", str(out)])
+    _, *lines = (json.loads(line) for line in out.read_text().splitlines())
+    return {(line["part"], line["name"]): line for line in lines}
+
+
+def test_a_show_o_is_measured_against_the_rate_of_products(tmp_path):
+    found = measure_show_o(tmp_path / "bench.jsonl", "--parts", "forward,image")
+    products = next(line for line in found.values() if "tflop_per_s" in line)["tflop_per_s"]
+    forward, drawing = found["forward", "texts and images to logits"], found["image", "tokens"]
+    for line in (forward, drawing):
+        assert line["mfu"] == pytest.approx(line["tflop"] / products / line["median_s"])
+    assert drawing["steps"] == 4 and drawing["ms_per_step"] * 4 == pytest.approx(
+        1e3 * drawing["median_s"]
+    )
+    tokens = PROMPTS * 12 + PROMPTS * GROUP * 18
+    assert forward["tokens_per_s"] * forward["median_s"] == pytest.approx(tokens)
+
+
+@pytest.mark.slow
+def test_all_parts_of_a_show_o(tmp_path):
+    """Sampler and trainer agree, and PyTorch does the same work."""
+    found = measure_show_o(tmp_path / "bench.jsonl", "--peer", "transformers")
+    assert {part for part, _ in found} == {"ceiling", *SHOW_O_PARTS}
+    for which in ("t2i, float32: cached", "t2i, float32: one_shot", "mm2t, float32: padded"):
+        assert found["correctness", which]["difference_max"] < LOGPROBS
+    assert found["correctness", "t2i, float32: padded"]["greedy_agreement"] == 1
+    for task in ("t2i", "mm2t"):
+        line = found["gradients", task]
+        assert 1e-4 < line["error"] == line["error_xla"] < 0.05
+        assert 1e-5 < line["value"] < line["value_max"] < 0.05
+        assert found["iteration", "rollouts and update"][f"{task}_logp_difference"] < 0.05
+    for part, name in (("image", "eager loop"), ("text", "eager loop"), ("train", "eager step")):
+        ours, theirs = found[part, versus.OURS["show_o"][part]], found[part, name]
+        times = theirs["median_s"] / ours["median_s"]
+        assert ours[f"times_{name.replace(' ', '_')}"] == pytest.approx(times)
+    assert found["train", "optimizer step"]["programs"] == 1
+
+
+def test_work_of_a_published_show_o():
+    """Against the table of costs that was worked out apart from this code, in TFLOP."""
+    for name, steps, forward, picture in (("256", 16, 0.81, 26), ("512", 50, 2.9, 290)):
+        size = SIZES[f"show-o-{name}"]
+        costs = size.costs
+        assert costs.layer_weights == pytest.approx(1.2085e9, rel=1e-3)
+        image = Work("t2i", 1, 1, 65, size.limits.image_tokens)
+        assert count_forward_operations(costs, image, True) / 1e12 == pytest.approx(
+            forward, rel=0.03
+        )
+        drawn = count_drawing_operations(costs, dataclasses.replace(image, guided=True), steps)
+        # The table repeats the text in each step: S / L of the work.
+        repeated = 1 + 65 / size.limits.image_tokens
+        assert drawn * repeated / 1e12 == pytest.approx(picture, rel=0.03)
+        trained = count_training_operations(costs, (image,), True) / 1e12
+        assert trained == pytest.approx(3 * forward, rel=0.03)
+
+
+def test_an_image_sees_all_of_itself_by_hand():
+    costs = Costs(
+        layers=2, layer_weights=100, query_width=3, key_width=3, heads={"t2i": 7, "mm2t": 11},
+        any_order=True, borders=2, front=4,
+    )  # fmt: skip
+    image, text = Work("t2i", 2, 3, 5, 8), Work("mm2t", 2, 3, 6, 4)
+    # 2 prompts of 5 tokens, and 6 images of 10 that see them and themselves; 8 codes are scored
+    pairs = 2 * 5**2 / 2 + 6 * 10 * (5 + 10)
+    expected = 2 * 100 * (10 + 60) + 2 * 7 * 48 + 4 * 2 * 3 * pairs
+    assert count_forward_operations(costs, image, shared=True) == expected
+    pairs = 2 * (6**2 + 4**2) / 2 + 6 * 4 * (6 + 4 / 2)
+    expected = 2 * 100 * (12 + 24) + 2 * 11 * 24 + 4 * 2 * 3 * pairs
+    assert count_forward_operations(costs, text, shared=True) == expected
+    texts = 2 * 100 * 10 + 4 * 2 * 3 * 2 * 5**2 / 2
+    each = count_forward_operations(costs, image, shared=True) - texts
+    assert count_drawing_operations(costs, image, 3) == texts + 3 * each
+
+
+def test_prompts_of_a_show_o(tmp_path):
+    size = SIZES["show-o-tiny"]
+    special = size.measured.write_processor(tmp_path / "words", size.policy).special
+    drawing = inputs.make_image_prompts(size, special, 5, 12)
+    asking = inputs.make_questions(size, special, 5, 29)
+    for prompts in (drawing, asking):
+        assert ((prompts.input_ids != special.pad) == prompts.attention_mask).all()
+        assert prompts.attention_mask[0].all() and not prompts.attention_mask.all()
+    assert drawing.input_ids[0, :2].tolist() == [special.t2i, special.eos]
+    assert (drawing.input_ids[:, -1] == special.eos).all()
+    front = [special.mmu, special.soi, *[special.mask] * 16, special.eoi, special.eos]
+    assert asking.input_ids[0, :20].tolist() == front
+    (segment,) = inputs.make_task_batch(size, special, drawing, 3, 16).segments
+    assert segment.replay["noise_keys"].shape == (15, 2)
+    assert segment.values.max() < 512
+
+
+def test_masks_of_the_peer_are_those_of_a_show_o(tmp_path):
+    import torch
+
+    from tools.bench.peer import show_o
+
+    size = SIZES["show-o-tiny"]
+    special = size.measured.write_processor(tmp_path / "words", size.policy).special
+    drawing = torch.from_numpy(inputs.make_image_prompts(size, special, 3, 12).input_ids)
+    ids = show_o.add_image(drawing, torch.full((3, 16), special.mask), special)
+    seen = show_o.make_mask(ids, special, "t2i")[:, 0] == 0
+    expected = np.array(masks.make_generation_mask(ids.numpy(), special))
+    real = ids.numpy() != special.pad
+    assert (seen.numpy() == expected)[real].all()
+    asking = torch.from_numpy(inputs.make_questions(size, special, 3, 29).input_ids[:1])
+    seen = show_o.make_mask(asking, special, "mm2t")[:, 0] == 0
+    assert (seen.numpy() == np.array(masks.make_question_mask(asking.numpy(), special))).all()
 
 
 # ---- gradients

@@ -90,7 +90,8 @@ def describe_show_o(config: ShowOConfig) -> Costs:
 
 def count_adapter_weights(family: Family, sizes: Sizes) -> int:
     """Counts the weights of the low-rank adapters of all layers."""
-    assert family.adapters is not None
+    if family.adapters is None or not family.lora_of(sizes):
+        return 0
     paths = re.compile(family.adapters.paths)
     leaves = leaf_paths(family.abstract(sizes))
     return sum(math.prod(x.shape) for path, x in leaves if paths.fullmatch(path))
