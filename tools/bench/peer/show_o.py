@@ -39,13 +39,14 @@ LEARNING_RATE = 1e-4
 def build(size: Size, special: SpecialTokens, device: str) -> Any:
     """Makes a random Phi with the vocabulary of a Show-o, in float32."""
     phi = size.policy.phi
-    config = PhiConfig(
-        vocab_size=phi.vocab_size, hidden_size=phi.hidden_size,
-        intermediate_size=phi.intermediate_size, num_hidden_layers=phi.num_layers,
-        num_attention_heads=phi.num_heads, num_key_value_heads=phi.num_kv_heads,
-        partial_rotary_factor=phi.partial_rotary_factor, qk_layernorm=True, hidden_act="gelu_new",
-        max_position_embeddings=phi.max_position_embeddings, attn_implementation="sdpa",
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": phi.vocab_size, "hidden_size": phi.hidden_size,
+        "intermediate_size": phi.intermediate_size, "num_hidden_layers": phi.num_layers,
+        "num_attention_heads": phi.num_heads, "num_key_value_heads": phi.num_kv_heads,
+        "partial_rotary_factor": phi.partial_rotary_factor, "qk_layernorm": True,
+        "hidden_act": "gelu_new", "max_position_embeddings": phi.max_position_embeddings,
+    }  # fmt: skip
+    config = PhiConfig(**settings, attn_implementation="sdpa")  # pyright: ignore[reportCallIssue]
     with torch.device(device):
         return PhiForCausalLM(config).float().eval()
 
