@@ -102,7 +102,7 @@ FAMILY = Family(
         ((TEXT,),): TurnProgram(sampling.sample_answers, logprobs.score_answers),
         ((CODES,), (TEXT,)): TurnProgram(
             own_images.sample_own_answers, own_images.score_own_answers,
-            choose_scored=choose_scored,
+            passes_gradients=True, choose_scored=choose_scored,
         ),
     },
     blank_prompts=reading.blank_ids,

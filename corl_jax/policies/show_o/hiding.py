@@ -62,6 +62,8 @@ def choose_hidden(segment: Segment) -> jax.Array:
         shares = draw_shares(keys)
     counts = jnp.maximum(jnp.round(shares * num_places), 1)
     draws = jax.vmap(lambda key: jax.random.uniform(key, (num_places,)))(_fold(keys, POSITIONS))
+    # argsort, not its inverse, the ranks: both hide as many places at random, and the original
+    # compares this one.
     return jnp.argsort(draws, axis=-1) < counts[:, None]
 
 
@@ -70,6 +72,7 @@ def choose_steps(segment: Segment, unmasking: Unmasking) -> jax.Array:
     count = count_steps(unmasking, segment.values.shape[1])
     chosen = unmasking.scored_steps or count
     every = jnp.broadcast_to(jnp.arange(count), (len(segment.values), count))
+    # All in order: then nothing depends on the key.
     if chosen >= count:
         return every
     order = jax.vmap(lambda key: jax.random.permutation(key, count))

@@ -57,6 +57,18 @@ def score_pass(
     options: LogprobOptions,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Computes (log-probs, entropies) [N, M] of scored codes while known ones are read."""
+    states = compute_code_states(model, prompts, codes, known, options)
+    return score_code_states(model, states, codes, scored, options)
+
+
+def compute_code_states(
+    model: ShowO, prompts: EncodedPrompts, codes: jax.Array, known: jax.Array,
+    options: LogprobOptions,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """Computes the states [N, M, D] of all codes while known ones are read.
+
+    There are two of them, with and without the prompt, if the log-probs are those of guidance.
+    """
     special = options.special
     rows = Rows(len(codes) // len(prompts.input_ids), options.image_logprobs == "guided")
     ids, lengths = prepare_texts(prompts, rows, special)
@@ -66,20 +78,31 @@ def score_pass(
         IMAGE_ORDERS, remat=options.remat, attention=options.attention,
     )  # fmt: skip
 
+    return split_image_states(hidden, rows)
+
+
+def score_code_states(
+    model: ShowO, states: tuple[jax.Array, ...], codes: jax.Array, scored: jax.Array,
+    options: LogprobOptions,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Computes (log-probs, entropies) [N, M] of scored codes from states; 0 at other places."""
+
     def logits_of(states: tuple[jax.Array, ...]) -> jax.Array:
         return compute_image_logits(model, states, options.cfg_scale)[1]
 
-    scores = chunked_logprobs(
-        logits_of, split_image_states(hidden, rows), codes, options.temperature, options.chunk
-    )
+    scores = chunked_logprobs(logits_of, states, codes, options.temperature, options.chunk)
     logprobs, entropies = (jnp.where(scored, x, 0.0) for x in scores)
     return logprobs, entropies
 
 
 def text_logprobs(
-    model: ShowO, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions
-) -> tuple[jax.Array, jax.Array]:
-    """Computes (log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts."""
+    model: ShowO, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions,
+    vectors: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Computes (log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts.
+
+    `vectors` [B, M, D] are read in the place of the embedded codes.
+    """
     ids, lengths = move_padding_last(fill_codes(model, prompts, options.special), options.special)
     group_size, count = len(tokens) // len(ids), tokens.shape[1]
     # mmu, soi, the codes and eoi: equally many in all rows
@@ -92,8 +115,11 @@ def text_logprobs(
     places = jnp.arange(source.shape[1])
     places = jnp.where(places < questions, places, places + ids.shape[1] - image - questions)
     text = jnp.take_along_axis(source, places, axis=1, mode="clip")
+    front = model.embed_text(ids[:, :image])
+    if vectors is not None:  # behind mmu and soi
+        front = front.at[:, 2:-1].set(vectors.astype(front.dtype))
     _, hidden = model.language_model.read_parts(
-        model.embed_text(ids[:, :image]), jnp.full(len(ids), image), model.embed_text(text),
+        front, jnp.full(len(ids), image), model.embed_text(text),
         QUESTION_ORDERS, remat=options.remat, attention=options.attention,
     )  # fmt: skip
     # The state of the question's last token scores the first token of the answer.

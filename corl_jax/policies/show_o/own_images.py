@@ -1,6 +1,8 @@
 """Samples and scores two turns: an image, and the answer to a question about that image.
 
-The question reads the codes that were drawn. No pixel is made.
+The question reads the codes that were drawn. No pixel is made. With
+`LogprobOptions.straight_through` the gradient of an answer flows into the hidden codes of its
+image; see `policies.straight_through`.
 """
 
 from __future__ import annotations
@@ -14,10 +16,16 @@ import jax.numpy as jnp
 from corl_jax.devices.compiling import SamplerProgram
 from corl_jax.devices.mesh import constrain
 from corl_jax.policies.chunked_logprobs import repeat_rows
-from corl_jax.policies.family import LogprobOptions, SamplingOptions
+from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, SamplingOptions
 from corl_jax.policies.show_o import network
-from corl_jax.policies.show_o.logprobs import image_logprobs, text_logprobs
-from corl_jax.policies.show_o.network import ShowOConfig
+from corl_jax.policies.show_o.hiding import choose_hidden
+from corl_jax.policies.show_o.logprobs import (
+    compute_code_states,
+    image_logprobs,
+    score_code_states,
+    text_logprobs,
+)
+from corl_jax.policies.show_o.network import ShowO, ShowOConfig
 from corl_jax.policies.show_o.reading import place_codes
 from corl_jax.policies.show_o.sampling import (
     Answering,
@@ -29,6 +37,7 @@ from corl_jax.policies.show_o.sampling import (
     text_program,
 )
 from corl_jax.policies.show_o.tokens import SpecialTokens
+from corl_jax.policies.straight_through import choose_vectors
 from corl_jax.tasks import TEXT
 from corl_jax.types import EncodedPrompts, Params, Segment
 
@@ -99,8 +108,31 @@ def score_own_answers(
     codes, text = segments
     assert prompts.next is not None  # the loader encodes both turns
     model = network.bind(sizes, params)
-    questions = make_questions(prompts.next, codes.values, options.special)
+    if options.straight_through is None:
+        questions = make_questions(prompts.next, codes.values, options.special)
+        return (
+            image_logprobs(model, prompts, codes, options),
+            text_logprobs(model, questions, text.values, options),
+        )
+    # One pass hides some codes. It scores them, and only its logits of hidden codes were learned.
+    hidden = choose_hidden(codes)
+    states = compute_code_states(model, prompts, codes.values, ~hidden, options)
+    vectors, chosen = choose_code_vectors(model, states, codes, hidden, options)
+    questions = make_questions(prompts.next, chosen, options.special)
     return (
-        image_logprobs(model, prompts, codes, options),
-        text_logprobs(model, questions, text.values, options),
+        score_code_states(model, states, codes.values, hidden, options),
+        text_logprobs(model, questions, text.values, options, vectors),
     )
+
+
+def choose_code_vectors(
+    model: ShowO, states: tuple[jax.Array, ...], codes: Segment, hidden: jax.Array,
+    options: LogprobOptions,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Returns embedded codes [N, M, D] with a gradient at hidden places, and these codes [N, M]."""
+    first = options.special.first_code
+    book = model.language_model.embed_tokens.embedding[...][first : first + model.config.num_codes]
+    keys = jax.random.wrap_key_data(codes.replay[NOISE_KEYS])
+    soft, chosen = choose_vectors(model.image_logits, book, states[0], codes.values, keys, options)
+    chosen = jnp.where(hidden, chosen, codes.values)
+    return jnp.where(hidden[..., None], soft, book[codes.values]), chosen

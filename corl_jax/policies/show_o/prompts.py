@@ -64,6 +64,7 @@ class Processor:
         self.max_text = max_text
         self.num_cut = 0  # prompts that were too long
 
+    # By the network's sizes, because a tokenizer file may lack the control tokens.
     @property
     def num_tokens(self) -> int:
         """The number of tokens of texts, with the control tokens behind them."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from corl_jax.policies.decoding import Rows
+from corl_jax.policies.show_o.images import encode_in_chunks
 from corl_jax.policies.show_o.network import ShowO
 from corl_jax.policies.show_o.tokens import SpecialTokens
 from corl_jax.types import EncodedPrompts
@@ -43,6 +44,7 @@ def prepare_texts(
 
 def embed_images(model: ShowO, codes: jax.Array, special: SpecialTokens) -> jax.Array:
     """Embeds soi, codes [N, M] and eoi to [N, M + 2, D]; code K is the mask token."""
+    # One vocabulary holds codes and control tokens, so one look-up embeds all.
     ids = jnp.pad(codes + special.first_code, ((0, 0), (1, 1)))
     return model.embed_text(ids.at[:, 0].set(special.soi).at[:, -1].set(special.eoi))
 
@@ -79,7 +81,7 @@ def fill_codes(model: ShowO, prompts: EncodedPrompts, special: SpecialTokens) ->
     ids = jnp.asarray(prompts.input_ids)
     if prompts.pixel_values is None:
         return ids
-    return place_codes(ids, model.vqmodel.encode(prompts.pixel_values), special)
+    return place_codes(ids, encode_in_chunks(model.vqmodel, prompts.pixel_values), special)
 
 
 def place_codes(ids: jax.Array, codes: jax.Array, special: SpecialTokens) -> jax.Array:

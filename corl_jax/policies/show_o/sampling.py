@@ -109,6 +109,7 @@ def _run_image_program(
     model = network.bind(config, gather_over_fsdp(network.cast(params, options.dtype), RULES))
     drawn = draw_images(model, prompts, keys, cfg_scale, temperature, options, known, arrays)
     group_size, unmasking = check_group_size(prompts, keys), options.unmasking
+    # These numbers stay on the device until the update, two bytes for each code.
     committed_at = drawn.committed_at.astype(jnp.int16)
     replay = make_replay(keys, group_size, committed_at, unmasking)
     if unmasking.logprobs == "none":
@@ -146,6 +147,8 @@ def sample_codes(
     """
     drawing = make_drawing(sizes, options)
     program = image_program.choose_build(len(keys) * (1 + drawing.guided), params, prompts, keys)
+    # Scale and temperature are traced, so that another value compiles nothing; whether there is
+    # guidance decides the shapes.
     drawn, logprobs, replay = program(
         sizes, params, prompts, keys, jnp.float32(options.cfg_scale),
         jnp.float32(options.temperature), options=drawing,

@@ -10,13 +10,28 @@ import numpy as np
 import pytest
 
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
-from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, SamplingOptions, Unmasking
-from corl_jax.policies.show_o import network, sampling
-from corl_jax.policies.show_o.hiding import COMMITTED_AT, HIDDEN_SHARES, choose_scored
+from corl_jax.policies.family import (
+    NOISE_KEYS,
+    LogprobOptions,
+    SamplingOptions,
+    StraightThrough,
+    Unmasking,
+)
+from corl_jax.policies.show_o import images, network, sampling
+from corl_jax.policies.show_o.hiding import (
+    COMMITTED_AT,
+    HIDDEN_SHARES,
+    choose_hidden,
+    choose_scored,
+)
 from corl_jax.policies.show_o.layout import RULES
 from corl_jax.policies.show_o.logprobs import score_answers, score_codes
 from corl_jax.policies.show_o.masks import make_generation_mask, make_question_mask
-from corl_jax.policies.show_o.own_images import sample_own_answers, score_own_answers
+from corl_jax.policies.show_o.own_images import (
+    choose_code_vectors,
+    sample_own_answers,
+    score_own_answers,
+)
 from corl_jax.policies.show_o.reading import blank_ids, fill_codes, place_codes
 from corl_jax.policies.show_o.unmasking import GIVEN, list_masked_counts, list_temperatures
 from corl_jax.tasks import CODES, TEXT
@@ -319,3 +334,60 @@ def test_own_images_are_asked_about_by_their_codes(params):
     text = Segment(TEXT, segments[1].values, segments[1].mask)
     ((logprobs, _),) = score_answers(CONFIG, params, asked, (text,), SCORING)
     np.testing.assert_allclose(logprobs, scores[1][0], atol=2e-5)
+
+
+@pytest.mark.parametrize("redraw", [False, True])
+def test_hidden_codes_pass_the_gradient_of_an_answer(params, model, redraw):
+    draw = np.random.default_rng(3)
+    states = (draw.standard_normal((6, PLACES, CONFIG.phi.hidden_size)).astype(np.float32),)
+    values = draw.integers(0, K, (6, PLACES)).astype(np.int32)
+    bits = jax.random.key_data(make_keys(6))
+    codes = Segment(CODES, values, values >= 0, replay={NOISE_KEYS: bits})
+    hidden = choose_hidden(codes)
+    options = dataclasses.replace(SCORING, straight_through=StraightThrough(redraw))
+
+    def read(states):
+        return choose_code_vectors(model, states, codes, hidden, options)
+
+    vectors, chosen = read(states)
+    np.testing.assert_array_equal(vectors, model.embed_image_tokens(chosen))
+    changed = np.asarray(chosen) != values
+    assert changed.any() == redraw and not changed[~np.asarray(hidden)].any()
+    weights = draw.standard_normal(vectors.shape)
+    (gradient,) = jax.grad(lambda states: (read(states)[0] * weights).sum())(states)
+    np.testing.assert_array_equal(np.abs(gradient).max(axis=-1) > 0, hidden)
+
+
+def test_log_probs_with_gradients_through_images_are_the_same(params):
+    questions = dataclasses.replace(question_prompts(), pixel_values=None)
+    prompts = dataclasses.replace(drawing_prompts(), next=questions)
+    segments = sample_own_answers(CONFIG, params, prompts, make_keys(6), OPTIONS)
+
+    def score(params, options):
+        scores = score_own_answers(CONFIG, params, prompts, segments, options)
+        return jnp.where(segments[1].mask, scores[1][0], 0.0).sum(), scores
+
+    gradient = jax.jit(jax.grad(score, has_aux=True), static_argnums=1)
+    detached, plain = gradient(params, SCORING)
+    through, soft = gradient(
+        params, dataclasses.replace(SCORING, straight_through=StraightThrough())
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), plain, soft)
+    columns = [
+        np.asarray(x["lm_head"]["kernel"])[:, SPECIAL.first_code : SPECIAL.mask]
+        for x in (detached, through)
+    ]
+    assert np.isfinite(columns[1]).all() and np.abs(columns[1] - columns[0]).max() > 1e-4
+
+
+def test_images_are_coded_and_decoded_in_even_chunks(params, model, monkeypatch):
+    monkeypatch.setattr(images, "CODED_AT_ONCE", 2)
+    codes = np.random.default_rng(0).integers(0, K, (5, PLACES))
+    pixels = model.vqmodel.decode(codes)
+    levels = images.decode_images(CONFIG, params, codes)
+    assert levels.dtype == np.uint8 and levels.shape == pixels.shape
+    exact = np.clip((np.asarray(pixels) + 1) / 2 * 255, 0, 255)
+    sure = np.abs(exact - exact.round()) > 1e-2  # elsewhere rounding decides the last unit
+    np.testing.assert_array_equal(np.asarray(levels)[sure], exact.astype(np.uint8)[sure])
+    again = images.encode_images(CONFIG, params, pixels)
+    np.testing.assert_array_equal(again, model.vqmodel.encode(pixels))

@@ -27,7 +27,7 @@ def rows(tmp_path_factory):
     return tiny_runs.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet")
 
 
-def run(model, rows, output, *more, **changes):
+def run(model, rows, output, /, *more, **changes):
     changes.setdefault("export", {"layout": "jax"})
     tree = tiny_runs.options(model, rows, output, **changes)
     path = tiny_runs.write_config(output.with_suffix(".yaml"), tree)
@@ -86,10 +86,13 @@ def test_it_resumes_to_the_bit(model, rows, tmp_path, one_device):
         assert [line.get(name) for line in whole] == [line.get(name) for line in halves]
 
 
-@pytest.mark.parametrize("stage", ["sft", pytest.param("self_sft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage",
+    ["sft", "self_sft_through", pytest.param("self_sft", marks=pytest.mark.slow)],
+)
 def test_supervised_stages_hide_codes_of_given_images(model, rows, tmp_path, one_device, stage):
     changes = {"stage": stage, "rewards": [], "rollout": {}, "algorithm": {}}
-    if stage == "self_sft":
+    if stage != "sft":
         changes["rewards"] = own_images(tmp_path)["rewards"]
     lines = run(
         model, rows, tmp_path / "run", optimizer={"learning_rate": 1e-2, "schedule": "constant"},
@@ -118,3 +121,29 @@ def test_a_plan_has_the_arrays_that_scoring_repeats(model, rows, tmp_path, capsy
     plan.main([str(path), "--topology", "local", "--only", "update",
                "train.prompts_per_step=8"])  # fmt: skip
     assert "update" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["one_shot", "trajectory"])
+def test_devices_change_nothing(model, rows, tmp_path, form):
+    numbers = []
+    for name, mesh in (("split", {"data": 2, "fsdp": 2, "tensor": 2}), ("whole", {"data": 8})):
+        lines = run(
+            model, rows, tmp_path / name, mesh=mesh, export={"layout": "none"},
+            train={"prompts_per_step": 8, "max_steps": 1}, algorithm={"kl_coef": 0.1},
+            unmasking={"steps": 3, "logprobs": form},
+        )  # fmt: skip
+        assert lines[0][f"t2i/{DIFFERENCE}"] < 1e-4
+        numbers.append([lines[0][key] for key in ("loss", "grad_norm", "t2i/reward")])
+    np.testing.assert_allclose(*numbers, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_adapters_in_half_precision(model, rows, tmp_path, one_device):
+    lines = run(
+        model, rows, tmp_path / "run", model={"dtype": "bfloat16", "remat": "full"},
+        lora={"rank": 2, "targets": ["q_proj", "k_proj", "v_proj"]}, algorithm={"kl_coef": 0.1},
+        unmasking={"steps": 3, "logprobs": "complement"},
+    )  # fmt: skip
+    assert all(np.isfinite(line["loss"]) for line in lines[:2])
+    assert 0 <= lines[0][f"t2i/{DIFFERENCE}"] < 0.5 and lines[1]["t2i/kl"] > 0
