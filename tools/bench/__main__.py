@@ -95,14 +95,8 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
 }
 ALONE = ("rewards", "correctness", "gradients", "detector")  # parts for one device
 SPLIT = ("layouts",)  # parts for a mesh that splits matrices
-WITH_ADAPTERS = (
-    "train",
-    "iteration",
-    "image",
-    "text",
-    "gradients",
-    "logprobs",
-)  # parts that --lora changes
+WITH_ADAPTERS = ("train", "iteration", "image", "text", "gradients")  # parts that --lora changes
+PASSES = ("forward", "logprobs")  # --lora changes these too; they are no usual parts of every size
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
 
@@ -144,8 +138,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--out", type=parse_path, metavar="FILE.json", help="one JSON object a line"
     )
     args = parser.parse_args(argv)
-    usual = SIZES[args.size].parts
-    usual = [part for part in usual if part in WITH_ADAPTERS or not args.lora]
+    usual = WITH_ADAPTERS if args.lora else SIZES[args.size].parts
     usual = [part for part in usual if not (args.mesh and part in ALONE)]
     args.parts = args.parts.split(",") if args.parts else usual
     return args
@@ -204,7 +197,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         for part in args.parts
         if part in size.measured.lacks
     ]
-    without = [part for part in args.parts if args.lora and part not in WITH_ADAPTERS]
+    adapted = (*WITH_ADAPTERS, *PASSES)
+    without = [part for part in args.parts if args.lora and part not in adapted]
     if without:
         problems.append(
             f"--lora: has no effect on {', '.join(without)}; give --parts {','.join(WITH_ADAPTERS)}"
