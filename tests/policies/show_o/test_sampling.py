@@ -347,14 +347,13 @@ def test_hidden_codes_pass_the_gradient_of_an_answer(params, model, redraw):
     options = dataclasses.replace(SCORING, straight_through=StraightThrough(redraw))
 
     def read(states):
-        return choose_code_vectors(model, states, codes, hidden, options)
+        return choose_code_vectors(model, states, hidden, codes, options)
 
-    vectors, chosen = read(states)
-    np.testing.assert_array_equal(vectors, model.embed_image_tokens(chosen))
-    changed = np.asarray(chosen) != values
+    vectors = np.asarray(read(states))
+    changed = (vectors != np.asarray(model.embed_image_tokens(values))).any(axis=-1)
     assert changed.any() == redraw and not changed[~np.asarray(hidden)].any()
     weights = draw.standard_normal(vectors.shape)
-    (gradient,) = jax.grad(lambda states: (read(states)[0] * weights).sum())(states)
+    (gradient,) = jax.grad(lambda states: (read(states) * weights).sum())(states)
     np.testing.assert_array_equal(np.abs(gradient).max(axis=-1) > 0, hidden)
 
 
