@@ -12,7 +12,7 @@ from corl_jax.models.attention import AttentionKernel
 from corl_jax.policies.decoding import Rows
 from corl_jax.policies.show_o import network
 from corl_jax.policies.show_o.network import ShowOConfig
-from corl_jax.policies.show_o.reading import IMAGE_ORDERS, embed_images, prepare_texts
+from corl_jax.policies.show_o.reading import IMAGE_ORDERS, frame_codes, prepare_texts
 from corl_jax.train.step import make_logprob_step
 from corl_jax.types import EncodedPrompts, Params
 from tools.bench.cost import count_forward_operations
@@ -52,7 +52,7 @@ def _compute_logits(
     model = network.bind(config, params)
     ids, lengths = prepare_texts(prompts, Rows(len(codes) // len(prompts.input_ids)), special)
     _, hidden = model.language_model.read_parts(
-        model.embed_text(ids), lengths, embed_images(model, codes, special), IMAGE_ORDERS,
+        model.embed_text(ids), lengths, model.embed_text(frame_codes(codes, special)), IMAGE_ORDERS,
         attention=kernel,
     )  # fmt: skip
     return model.image_logits(hidden[:, 1:-1])

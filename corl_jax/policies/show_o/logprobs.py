@@ -96,11 +96,12 @@ def score_code_states(
     options: LogprobOptions,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Computes (log-probs, entropies) [N, M] of codes from the results of `compute_code_states`."""
+    image_logits = model.take_image_head()
 
     def logits_of(states: tuple[jax.Array, ...]) -> jax.Array:
         if options.given:
             return model.text_logits(states[0])
-        return compute_image_logits(model, states, options.cfg_scale)[1]
+        return compute_image_logits(image_logits, states, options.cfg_scale)[1]
 
     ids = frame_codes(codes, options.special)
     given = ids if options.released else ids[:, 1:-1]

@@ -9,6 +9,7 @@ Source: Xie et al. 2024 (Show-o, arXiv 2408.12528).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from corl_jax.models import modules
 from corl_jax.models.layers import make_linear
 from corl_jax.models.lora import Lora
 from corl_jax.models.magvit import Magvit, MagvitConfig
-from corl_jax.models.phi import AdaptedPhiConfig, Phi, PhiConfig, compute_some_logits
+from corl_jax.models.phi import AdaptedPhiConfig, Phi, PhiConfig, compute_some_logits, take_head
 from corl_jax.policies.show_o.layout import FLOAT32_PARTS
 from corl_jax.types import Params
 
@@ -129,8 +130,11 @@ class ShowO(nnx.Module):
 
     def image_logits(self, hidden: jax.Array) -> jax.Array:
         """Computes float32 logits [..., num_codes] over image codes of hidden states [..., D]."""
-        config = self.config
-        return compute_some_logits(self.lm_head, hidden, config.image_offset, config.num_codes)
+        return self.take_image_head()(hidden)
+
+    def take_image_head(self) -> Callable[[jax.Array], jax.Array]:
+        """Returns `image_logits` for a loop, with the columns of the head taken once before it."""
+        return take_head(self.lm_head, self.config.image_offset, self.config.num_codes)
 
 
 def abstract(config: ShowOConfig, dtype: Any = jnp.float32) -> Params:

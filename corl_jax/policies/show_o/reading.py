@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,14 +62,15 @@ def split_image_states(
 
 
 def compute_image_logits(
-    model: ShowO, states: tuple[jax.Array, ...], cfg_scale: Any
+    image_logits: Callable[[jax.Array], jax.Array], states: tuple[jax.Array, ...], cfg_scale: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Computes float32 logits [..., K] of states of `split_image_states`: (conditional, guided).
 
-    Without unconditional states both are the same.
+    `image_logits` are those of a `ShowO`, or of its `take_image_head`. Without unconditional states
+    both are the same.
     """
     # float32 before the guidance, which enlarges rounding.
-    conditional, *other = (model.image_logits(x).astype(jnp.float32) for x in states)
+    conditional, *other = (image_logits(x).astype(jnp.float32) for x in states)
     if not other:
         return conditional, conditional
     # Muse's form, in this order as in the original: weight 5 is a scale of 6.

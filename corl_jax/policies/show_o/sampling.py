@@ -68,6 +68,7 @@ def draw_images(
     special, attention = options.special, options.attention
     rows = Rows(check_group_size(prompts, keys), options.guided)
     num_places, num_codes = model.config.num_image_tokens, model.config.num_codes
+    image_logits = model.take_image_head()
     ids, lengths = prepare_texts(prompts, rows, special)
     _, caches = model.language_model.read_first(
         model.embed_text(ids), lengths, IMAGE_ORDERS[0], attention=attention
@@ -85,7 +86,7 @@ def draw_images(
         greedy = mark_last_rows(len(keys), rows.group_size)
     unmasker = Unmasker(
         read=read,
-        logits_of=lambda states: compute_image_logits(model, states, cfg_scale),
+        logits_of=lambda states: compute_image_logits(image_logits, states, cfg_scale),
         noise=noise or make_noise(keys, num_places, num_codes),
         num_codes=num_codes,
         steps=count_steps(options.unmasking, num_places),
