@@ -30,8 +30,8 @@ def measure_gradients(setting: Setting) -> Iterator[Record]:
     `error` is of the update's attention in bfloat16, `error_xla` of XLA's in bfloat16, which a
     correct kernel should not exceed by much. `largest` and `largest_xla` are those of the leaf with
     the largest error. `value` and `value_xla` are the mean absolute differences of the log-probs
-    in nats, `value_max` and `value_max_xla` the largest. Exact numbers use float32 products of full precision
-    and XLA's attention.
+    in nats, `value_max` and `value_max_xla` the largest. Exact numbers use float32 products of full
+    precision and XLA's attention.
     """
     trained, frozen = partition(setting.make_policy(jnp.float32), trained_patterns(setting))
     for task in STREAMS:
