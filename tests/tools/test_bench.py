@@ -793,6 +793,7 @@ def test_a_wrong_kernel_shows_in_gradients(tmp_path, monkeypatch):
     found = {record.name: record.figures for record in gradients.measure_gradients(setting)}
     for task in ("t2i", "mm2t"):
         assert found[task]["error"] > 5 * found[task]["error_xla"] > 0
+        assert found[task]["value"] > 2 * found[task]["value_xla"] > 0
 
 
 # ---- rewards on the host

@@ -78,15 +78,15 @@ from tools.bench.timing import HEADER, Record
 
 RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "rewards": scoring.measure_rewards,
-    "forward": passes.measure_forward,
     "image": generation.measure_image,
     "text": generation.measure_text,
     "vq": generation.measure_vq,
-    "logprobs": passes.measure_logprobs,
     "train": training.measure_train,
     "iteration": training.measure_iteration,
     "correctness": correctness.measure_correctness,
     "gradients": gradients.measure_gradients,
+    "forward": passes.measure_forward,
+    "logprobs": passes.measure_logprobs,
     "bits": bits.measure_bits,
     "builds": builds.measure_builds,
     "layouts": layouts.measure_layouts,

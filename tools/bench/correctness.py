@@ -162,10 +162,10 @@ def make_scorer(
     step = _make_logprob_step(setting.size.family, setting.size.policy, scoring, dtype)
 
     def score(task: str, prompts: EncodedPrompts, segment: Segment) -> np.ndarray:
-        given = dataclasses.replace(
+        completions = dataclasses.replace(
             segment, mask=np.ones(segment.values.shape, bool), logprobs=None
         )
-        batch = TaskBatch(prompts, (given,))
+        batch = TaskBatch(prompts, (completions,))
         return np.asarray(step(params, {}, setting.place({task: batch}))[task][0])
 
     return score
