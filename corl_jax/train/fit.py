@@ -100,7 +100,7 @@ def find_length_problems(config: Config, limits: Limits) -> list[str]:
     if not stage.uses_language_model:
         return []
     answer = config.rollout.max_new_tokens if stage.samples else 0
-    completion = max(answer, limits.image_tokens)
+    completion = answer if limits.images_always_fit else max(answer, limits.image_tokens)
     if plan_tasks(stage.tasks(config)):
         # The token that begins an image is in the completion, between the plan and the codes.
         completion = answer + 1 + limits.image_tokens

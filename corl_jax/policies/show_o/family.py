@@ -22,7 +22,7 @@ from corl_jax.policies.show_o import (
 from corl_jax.policies.show_o.checkpoint import KIND, find_tokenizer
 from corl_jax.policies.show_o.hiding import choose_scored
 from corl_jax.policies.show_o.network import ShowOConfig
-from corl_jax.policies.show_o.prompts import BUCKET, ImageSettings, Processor
+from corl_jax.policies.show_o.prompts import BUCKET, MAX_TEXT, ImageSettings, Processor
 from corl_jax.policies.show_o.tokens import make_special_tokens
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.weights.checkpoint import load_config
@@ -45,6 +45,7 @@ def describe_limits(sizes: ShowOConfig) -> Limits:
         kv_heads=phi.num_kv_heads,
         head_dim=phi.head_dim,
         caches_codes=False,
+        image_prompt=MAX_TEXT + 1,  # and its end token
         sharded_heads={
             "heads of language_model": phi.num_heads,
             "key heads of language_model": phi.num_kv_heads,
