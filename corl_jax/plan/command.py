@@ -59,8 +59,8 @@ def find_sizes(path: str, preset: str | None) -> tuple[Family, Sizes]:
     if (folder / "config.json").is_file():
         family = find_family(folder)
         return family, load_config(folder, family.kind)
-    # deepseek-ai/Janus-1.3B and a folder my_janus_1_3b both name janus-1.3b. The longest name counts:
-    # show-o is a part of show-o-512x512.
+    # deepseek-ai/Janus-1.3B and a folder my_janus_1_3b both name janus-1.3b. The longest name
+    # counts: show-o is a part of show-o-512x512.
     plain = _simplify_name(path)
     named = max((name for name in PRESETS if _simplify_name(name) in plain), key=len, default=None)
     if named is None:

@@ -382,10 +382,8 @@ def test_a_show_o_config_fits_its_model(name):
 def test_a_question_longer_than_the_room_beside_an_image_is_no_problem_at_512_pixels():
     """Prompts of images are cut to 129 tokens; those of questions have 1,024 codes."""
     family = FAMILIES["show_o"]
-    limits, config = (
-        family.limits(family.presets["show-o-512x512"]),
-        load("show_o_512/self_qa.yaml"),
-    )
+    limits = family.limits(family.presets["show-o-512x512"])
+    config = load("show_o_512/self_qa.yaml")
     assert config.data.max_prompt_length + limits.image_tokens > limits.positions
     assert limits.images_always_fit and not fit.find_length_problems(config, limits)
     long = config_files.load(CONFIGS / "show_o_512/self_qa.yaml", ["rollout.max_new_tokens=1024"])
