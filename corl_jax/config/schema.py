@@ -298,6 +298,10 @@ class Sft(Section):
     caption_column: str | None = option(
         "caption", "Column with the answers to the captioning instruction. null: no captions."
     )
+    text_column: str | None = option(
+        None,
+        "Column with texts that are learned without an image, at weight 0.1. null: none.",
+    )
     t2i_weight: NonNegativeFloat | None = option(
         None, "Weight of the image loss; texts have 1. null: 1, in self_sft_through 0 (no loss)."
     )

@@ -104,8 +104,11 @@ def text_logprobs(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Computes (log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts.
 
-    `vectors` [B, M, D] are read in the place of the embeddings of the images' codes.
+    `vectors` [B, M, D] are read in the place of the embeddings of the images' codes. A prompt of
+    one token is the start of a text without an image.
     """
+    if prompts.input_ids.shape[1] == 1:
+        return _score_plain_text(model, prompts, tokens, options)
     ids, lengths = move_padding_last(fill_codes(model, prompts, options.special), options.special)
     group_size, count = len(tokens) // len(ids), tokens.shape[1]
     # mmu, soi, the codes and eoi: equally many in all rows
@@ -128,6 +131,19 @@ def text_logprobs(
     # The state of the question's last token scores the first token of the answer.
     before = (questions - 1 + jnp.arange(count))[..., None]
     states = jnp.take_along_axis(hidden, before, axis=1)
+    return chunked_logprobs(model.text_logits, states, tokens, options.temperature, options.chunk)
+
+
+def _score_plain_text(
+    model: ShowO, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions
+) -> tuple[jax.Array, jax.Array]:
+    start = jnp.asarray(prompts.input_ids)
+    hidden = model.language_model.read_parts(
+        model.embed_text(start), jnp.ones(len(start), jnp.int32), model.embed_text(tokens[:, :-1]),
+        ("causal", "causal"), remat=options.remat, attention=options.attention,
+    )  # fmt: skip
+    first = repeat_rows(hidden[0], len(tokens) // len(start))
+    states = jnp.concatenate([first, hidden[1]], axis=1)
     return chunked_logprobs(model.text_logits, states, tokens, options.temperature, options.chunk)
 
 
