@@ -145,6 +145,8 @@ class LogprobOptions:
     straight_through: StraightThrough | None = None
     image: Any = None  # the processor's, for turns that read the policy's own images
     unmasking: Unmasking = Unmasking()  # codes in any order
+    # The loss of given images as in the family's released code; see `Family.has_released_loss`.
+    released_loss: bool = False
 
 
 Sample = Callable[[Sizes, Params, EncodedPrompts, jax.Array, SamplingOptions], tuple[Segment, ...]]
@@ -264,6 +266,9 @@ class Family:
     hidden_states: HiddenStates | None = None
     # (sizes, params, pixels) -> (loss, metrics): the stage that trains the image tokenizer
     tokenizer_loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
+    # True: with `LogprobOptions.released_loss` a segment of codes begins and ends with one more
+    # choice, whose value is not read: the borders of the image.
+    has_released_loss: bool = False
     # (processor, name of a pair; None: the checkpoint's) -> the processor with these chat roles
     choose_roles: Callable[[Any, str | None], ChatRoles] | None = None
     # (processor, uint8 [N, S, S, 3] of `input_image_side`) -> pixel values as `encode` makes them,

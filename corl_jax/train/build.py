@@ -196,6 +196,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         attention=attending.choose_update_kernel(config, plan.limits.head_dim, plan.mesh),
         chunk=config.model.logprob_chunk,
         straight_through=plan.stage.straight_through(config),
+        released_loss=config.sft.released_loss and not plan.stage.samples,
         image=plan.image,
         unmasking=choose_unmasking(plan),
     )

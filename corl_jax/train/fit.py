@@ -19,7 +19,7 @@ from corl_jax.policies.family import Family, Limits
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import list_place_problems
 from corl_jax.tasks import plan_tasks
-from corl_jax.train import attending
+from corl_jax.train import attending, sft
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Params, Sizes
 from corl_jax.weights.export import check_export
@@ -86,12 +86,28 @@ def find_model_problems(
 ) -> list[str]:
     """Returns the sizes and parts of the model that do not fit the config."""
     limits = family.limits(sizes)
-    problems = find_trainable_problems(config, family, sizes)
+    problems = find_trainable_problems(config, family, sizes) + find_target_problems(config, family)
     problems += find_length_problems(config, limits) + _find_export_problems(config, family, sizes)
     if mesh is None:
         return problems
     problems += find_mesh_problems(family, sizes, mesh)
     return problems + attending.find_kernel_problems(config, limits.head_dim, mesh)
+
+
+def find_target_problems(config: Config, family: Family) -> list[str]:
+    """Returns the options of supervised training that the family cannot follow."""
+    options, problems = config.sft, []
+    if options.text_column and sft.TEXT_PROMPT not in family.prompts:
+        problems.append(
+            f"sft.text_column: found {options.text_column}, but a {family.name} learns no texts "
+            "without images; set it to null"
+        )
+    if options.released_loss and not family.has_released_loss:
+        problems.append(
+            f"sft.released_loss: found true, but a {family.name} has no other loss of images; set "
+            "it to false"
+        )
+    return problems
 
 
 def find_length_problems(config: Config, limits: Limits) -> list[str]:

@@ -27,7 +27,7 @@ from corl_jax.policies.family import Family, Limits, Processor
 from corl_jax.policies.generation_config import read_generation
 from corl_jax.rewards import networks, registry
 from corl_jax.tasks import TASKS, choose_tasks_of_step
-from corl_jax.train import attending, fit, sft
+from corl_jax.train import attending, fit
 from corl_jax.train.evaluations import (
     Evaluation,
     bind_suite_rewards,
@@ -271,12 +271,6 @@ def find_missing_abilities(config: Config, stage: Stage, family: Family) -> list
                 f"stage: found {config.stage}, but a {family.name} has no image decoder that lets "
                 "gradients through; choose stage self_sft, which needs none"
             )
-    texts = config.sft.text_column
-    if texts in stage.target_columns(config) and sft.TEXT_PROMPT not in family.prompts:
-        problems.append(
-            f"sft.text_column: found {texts}, but a {family.name} learns no texts without images; "
-            "set it to null"
-        )
     if not stage.uses_language_model and family.tokenizer_loss is None:
         problems.append(
             f"stage: found {config.stage}, but a {family.name} has no image tokenizer to train; "

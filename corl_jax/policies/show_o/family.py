@@ -115,6 +115,7 @@ FAMILY = Family(
         ),
     },
     prompts=(GENERATE, QUESTION, PLAIN_TEXT),
+    has_released_loss=True,
     blank_prompts=reading.blank_ids,
     decode_images=images.decode_images,
     encode_images=images.encode_images,

@@ -6,6 +6,8 @@ codes. What decides is recorded in `Segment.replay`.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -93,12 +95,25 @@ def list_passes(segment: Segment, unmasking: Unmasking) -> tuple[jax.Array, jax.
 
 def choose_scored(segments: tuple[Segment, ...], options: LogprobOptions) -> tuple[jax.Array, ...]:
     """Returns the choices [N, T] of each segment that are scored: all of texts, some codes."""
-    return tuple(
-        list_passes(segment, options.unmasking)[1].any(axis=0)
-        if segment.kind == CODES
-        else jnp.ones(segment.mask.shape, bool)
-        for segment in segments
-    )
+
+    def choose(segment: Segment) -> jax.Array:
+        if segment.kind != CODES:
+            return jnp.ones(segment.mask.shape, bool)
+        if options.released_loss:
+            return choose_with_borders(segment)[1]
+        return list_passes(segment, options.unmasking)[1].any(axis=0)
+
+    return tuple(map(choose, segments))
+
+
+def choose_with_borders(segment: Segment) -> tuple[jax.Array, jax.Array]:
+    """Returns the hidden places [N, M] of codes between borders, and the scored ones [N, M + 2].
+
+    Source: Show-o's training, which scores the borders too, though they are in sight.
+    """
+    inner = dataclasses.replace(segment, values=segment.values[:, 1:-1])
+    hidden = choose_hidden(inner)
+    return hidden, jnp.pad(hidden, ((0, 0), (1, 1)), constant_values=True)
 
 
 def _get_keys(segment: Segment) -> jax.Array:

@@ -17,7 +17,7 @@ from corl_jax.policies.chunked_logprobs import chunked_logprobs, repeat_rows
 from corl_jax.policies.decoding import Rows
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.show_o import network
-from corl_jax.policies.show_o.hiding import list_passes
+from corl_jax.policies.show_o.hiding import choose_with_borders, list_passes
 from corl_jax.policies.show_o.network import ShowO, ShowOConfig
 from corl_jax.policies.show_o.reading import (
     IMAGE_ORDERS,
@@ -38,8 +38,27 @@ def image_logprobs(
     model: ShowO, prompts: EncodedPrompts, segment: Segment, options: LogprobOptions
 ) -> tuple[jax.Array, jax.Array]:
     """Computes (log-probs, entropies) [N, M] of image codes given B prompts; 0 at other places."""
+    if options.released_loss:
+        return _score_with_borders(model, prompts, segment, options)
     states, scored = compute_code_states(model, prompts, segment, options)
     return score_code_states(model, states, scored, segment.values, options)
+
+
+def _score_with_borders(
+    model: ShowO, prompts: EncodedPrompts, segment: Segment, options: LogprobOptions
+) -> tuple[jax.Array, jax.Array]:
+    """Computes (log-probs, entropies) [N, M + 2] among all tokens; the first and last are borders.
+
+    Source: Show-o, `forward` with `labels_t2i`.
+    """
+    special, codes = options.special, segment.values[:, 1:-1]
+    hidden, scored = choose_with_borders(segment)
+    states = _read_images(model, prompts, codes, ~hidden, Rows(1), options)
+    ids = jnp.pad(codes + special.first_code, ((0, 0), (1, 1)))
+    ids = ids.at[:, 0].set(special.soi).at[:, -1].set(special.eoi)
+    scores = chunked_logprobs(model.text_logits, states, ids, options.temperature, options.chunk)
+    logprobs, entropies = (jnp.where(scored, x, 0.0) for x in scores)
+    return logprobs, entropies
 
 
 def compute_code_states(
@@ -73,15 +92,23 @@ def _read_pass(
     options: LogprobOptions,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """Computes the states of all codes while known ones [N, M] are read."""
-    special = options.special
     rows = Rows(len(codes) // len(prompts.input_ids), options.image_logprobs == "guided")
+    return split_image_states(_read_images(model, prompts, codes, known, rows, options), rows)
+
+
+def _read_images(
+    model: ShowO, prompts: EncodedPrompts, codes: jax.Array, known: jax.Array, rows: Rows,
+    options: LogprobOptions,
+) -> jax.Array:  # fmt: skip
+    """Computes the states [rows, M + 2, D] of soi, codes and eoi while known codes are read."""
+    special = options.special
     ids, lengths = prepare_texts(prompts, rows, special)
     shown = jnp.where(known, codes, model.config.num_codes)
     _, hidden = model.language_model.read_parts(
         model.embed_text(ids), lengths, rows.repeat_samples(embed_images(model, shown, special)),
         IMAGE_ORDERS, remat=options.remat, attention=options.attention,
     )  # fmt: skip
-    return split_image_states(hidden, rows)
+    return hidden
 
 
 def score_code_states(

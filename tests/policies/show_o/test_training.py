@@ -88,12 +88,19 @@ def test_it_resumes_to_the_bit(model, rows, tmp_path, one_device):
 
 @pytest.mark.parametrize(
     "stage",
-    ["sft", *(pytest.param(x, marks=pytest.mark.slow) for x in ("self_sft", "self_sft_through"))],
+    [
+        "sft",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("released sft", "self_sft", "self_sft_through")
+        ),
+    ],
 )
 def test_supervised_stages_hide_codes_of_given_images(model, rows, tmp_path, one_device, stage):
+    released, stage = stage.startswith("released"), stage.removeprefix("released ")
     changes = {"stage": stage, "rewards": [], "rollout": {}, "algorithm": {}}
     if stage == "sft":
-        changes["sft"] = {"text_column": "caption"}
+        changes["sft"] = {"text_column": "caption", "released_loss": released}
     else:
         changes["rewards"] = own_images(tmp_path)["rewards"]
     lines = run(
