@@ -116,6 +116,7 @@ def find_length_problems(config: Config, limits: Limits) -> list[str]:
     if not stage.uses_language_model:
         return []
     answer = config.rollout.max_new_tokens if stage.samples else 0
+    # Prompts of images may be cut; then only those of questions are as long as the data allows.
     completion = answer if limits.images_always_fit else max(answer, limits.image_tokens)
     if plan_tasks(stage.tasks(config)):
         # The token that begins an image is in the completion, between the plan and the codes.

@@ -114,6 +114,7 @@ def make_plain_texts(run: Run, texts: Sequence[str]) -> TaskBatch:
         ids = run.processor.prompt_ids(TEXT_PROMPT, {"text": text})
         # A text that is cut does not end, as in Show-o's own training.
         rows.append([*ids, run.processor.special.eos][:limit])
+    # A length of one token, not of a bucket: by it a family tells these prompts from questions.
     prompts = run.processor.pad([row[:1] for row in rows], length=1)
     return TaskBatch(prompts, (pad_targets(run, [row[1:] for row in rows]),))
 

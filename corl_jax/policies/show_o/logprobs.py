@@ -53,6 +53,7 @@ def _score_with_borders(
     """
     special, codes = options.special, segment.values[:, 1:-1]
     hidden, scored = choose_with_borders(segment)
+    # Rows without guidance: supervised targets are scored as the prompt alone predicts them.
     states = _read_images(model, prompts, codes, ~hidden, Rows(1), options)
     ids = jnp.pad(codes + special.first_code, ((0, 0), (1, 1)))
     ids = ids.at[:, 0].set(special.soi).at[:, -1].set(special.eoi)
@@ -169,6 +170,7 @@ def _score_plain_text(
         model.embed_text(start), jnp.ones(len(start), jnp.int32), model.embed_text(tokens[:, :-1]),
         ("causal", "causal"), remat=options.remat, attention=options.attention,
     )  # fmt: skip
+    # The state of the start scores the first token: start s, tokens [a, b] -> states of [s, a].
     first = repeat_rows(hidden[0], len(tokens) // len(start))
     states = jnp.concatenate([first, hidden[1]], axis=1)
     return chunked_logprobs(model.text_logits, states, tokens, options.temperature, options.chunk)
