@@ -19,10 +19,12 @@ class Sft(Section):
         None,
         "Column with texts that are learned without an image, at weight 0.1. null: none.",
     )
-    released_loss: bool = option(
-        False, "Show-o's loss of images: among all tokens, and with the two borders of an image."
-    )
     t2i_weight: NonNegativeFloat | None = option(
         None, "Weight of the image loss; texts have 1. null: 1, in self_sft_through 0 (no loss)."
+    )
+    released: bool = option(
+        False,
+        "Also the terms that only the code that a model comes from has. Show-o: the tokens before "
+        "and behind an image, and the question before an answer.",
     )
     redraw: bool = option(False, "self_sft_through: a fresh image takes the gradient.")

@@ -96,18 +96,13 @@ def find_model_problems(
 
 def find_target_problems(config: Config, family: Family) -> list[str]:
     """Returns the options of supervised training that the family cannot follow."""
-    options, problems = config.sft, []
-    if options.text_column and sft.TEXT_PROMPT not in family.prompts:
-        problems.append(
-            f"sft.text_column: found {options.text_column}, but a {family.name} learns no texts "
-            "without images; set it to null"
-        )
-    if options.released_loss and not family.has_released_loss:
-        problems.append(
-            f"sft.released_loss: found true, but a {family.name} has no other loss of images; set "
-            "it to false"
-        )
-    return problems
+    texts = config.sft.text_column
+    if not texts or sft.TEXT_PROMPT in family.prompts:
+        return []
+    return [
+        f"sft.text_column: found {texts}, but a {family.name} learns no texts without images; set "
+        "it to null"
+    ]
 
 
 def find_length_problems(config: Config, limits: Limits) -> list[str]:
@@ -140,7 +135,7 @@ def _find_export_problems(config: Config, family: Family, sizes: Sizes) -> list[
         try:
             check_export(family.kind, layout, family.base(sizes))
         except InputError as error:
-            problems += [f"export: {problem}" for problem in error.problems]
+            problems += [f"export.layout: {problem}" for problem in error.problems]
     return problems
 
 

@@ -62,8 +62,6 @@ def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
             params = merge(state.params, run.frozen)
             pixels = batch[task].segments[0].values
             codes = run.family.encode_images(run.sizes, params, pixels)
-            if run.sft.released_loss:  # room for the borders of an image
-                codes = jnp.pad(codes, ((0, 0), (1, 1)))
             segment = Segment(
                 CODES, codes, jnp.ones(codes.shape, bool),
                 replay={NOISE_KEYS: make_noise_bits(run, prompts)},

@@ -6,7 +6,6 @@ differences are some 1e-6, so the tests ask for less.
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -19,13 +18,11 @@ from corl_jax.models import magvit
 from corl_jax.models.magvit import Magvit, MagvitConfig
 from corl_jax.models.modules import bind, make_abstract
 from corl_jax.params import flatten
-from corl_jax.policies.family import NOISE_KEYS, LogprobOptions
+from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.show_o import network
-from corl_jax.policies.show_o.hiding import choose_scored
-from corl_jax.policies.show_o.logprobs import image_logprobs, text_logprobs
+from corl_jax.policies.show_o.logprobs import text_logprobs
 from corl_jax.policies.show_o.tokens import make_special_tokens
-from corl_jax.tasks import CODES
-from corl_jax.types import EncodedPrompts, Segment
+from corl_jax.types import EncodedPrompts
 from tests.parity import torch_show_o
 from tests.parity.torch_show_o import MAGVIT, TEXT, Z_CHANNELS
 from tests.support.tolerances import NETWORK
@@ -169,42 +166,6 @@ def test_texts_without_an_image_are_scored_as_a_causal_model_does(pair):
         return text_logprobs(model, prompts, ids[:, 1:], LogprobOptions(special))[0]
 
     assert_close("log-probs of texts", ours(pair, score, ids), expected[..., 0].numpy())
-
-
-def test_the_released_loss_is_over_all_tokens_and_has_the_borders_of_an_image(pair):
-    """As the original's: cross-entropy at hidden places, soi and eoi, without a shift."""
-    special = dataclasses.replace(make_special_tokens(TEXT, 2**Z_CHANNELS), eos=0)
-    rng = np.random.default_rng(4)
-    codes = rng.integers(0, 2**Z_CHANNELS, (ROWS, 16)).astype(np.int32)
-    prompts = rng.integers(1, TEXT, (ROWS, TEXT_LENGTH)).astype(np.int32)
-    for row, pads in zip(prompts, PADS, strict=True):
-        row[:pads] = special.pad
-    keys = jax.random.key_data(jax.random.split(jax.random.key(0), ROWS))
-    segment = Segment(
-        CODES, np.pad(codes, ((0, 0), (1, 1))), np.ones((ROWS, 18), bool),
-        replay={NOISE_KEYS: np.asarray(keys)},
-    )  # fmt: skip
-    options = LogprobOptions(special, released_loss=True)
-    (scored,) = (np.asarray(x) for x in choose_scored((segment,), options))
-    assert scored[:, [0, -1]].all() and scored[:, 1:-1].sum(axis=1).min() >= 1
-
-    full = np.pad(codes + special.first_code, ((0, 0), (1, 1)))
-    full[:, 0], full[:, -1] = special.soi, special.eoi
-    shown = np.where(scored, special.mask, full)
-    shown[:, [0, -1]] = full[:, [0, -1]]
-    masks = np.stack([omni_mask("t2i", pads, TEXT_LENGTH, 18) for pads in PADS])
-    _, logits = compute_theirs(pair, np.concatenate([prompts, shown], axis=1).astype(int), masks)
-    labels = torch.from_numpy(np.where(scored, full, -100)).long()
-    theirs = torch.from_numpy(logits[:, TEXT_LENGTH:]).flatten(0, 1)
-    expected = torch.nn.functional.cross_entropy(theirs, labels.flatten())
-
-    def score(model, ids, segment):
-        encoded = EncodedPrompts(ids, ids != special.pad)
-        return image_logprobs(model, encoded, segment, options)[0]
-
-    found = ours(pair, score, prompts, segment)
-    assert not found[~scored].any()
-    assert -found.sum() / scored.sum() == pytest.approx(expected.item(), abs=1e-4)
 
 
 # ---- MAGVIT-v2

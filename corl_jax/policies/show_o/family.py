@@ -108,14 +108,15 @@ FAMILY = Family(
         ((CODES,),): TurnProgram(
             sampling.sample_codes, logprobs.score_codes, choose_scored=choose_scored
         ),
-        ((TEXT,),): TurnProgram(sampling.sample_answers, logprobs.score_answers),
+        ((TEXT,),): TurnProgram(
+            sampling.sample_answers, logprobs.score_answers, choose_scored=choose_scored
+        ),
         ((CODES,), (TEXT,)): TurnProgram(
             own_images.sample_own_answers, own_images.score_own_answers,
             passes_gradients=True, choose_scored=choose_scored,
         ),
     },
     prompts=(GENERATE, QUESTION, PLAIN_TEXT),
-    has_released_loss=True,
     blank_prompts=reading.blank_ids,
     decode_images=images.decode_images,
     encode_images=images.encode_images,

@@ -17,13 +17,14 @@ from corl_jax.policies.chunked_logprobs import chunked_logprobs, repeat_rows
 from corl_jax.policies.decoding import Rows
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.show_o import network
-from corl_jax.policies.show_o.hiding import choose_with_borders, list_passes
+from corl_jax.policies.show_o.hiding import list_passes
 from corl_jax.policies.show_o.network import ShowO, ShowOConfig
 from corl_jax.policies.show_o.reading import (
+    FRONT,
     IMAGE_ORDERS,
     compute_image_logits,
-    embed_images,
     fill_codes,
+    frame_codes,
     move_padding_last,
     prepare_texts,
     split_image_states,
@@ -37,29 +38,12 @@ QUESTION_ORDERS = "full", "causal"
 def image_logprobs(
     model: ShowO, prompts: EncodedPrompts, segment: Segment, options: LogprobOptions
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes (log-probs, entropies) [N, M] of image codes given B prompts; 0 at other places."""
-    if options.released_loss:
-        return _score_with_borders(model, prompts, segment, options)
+    """Computes (log-probs, entropies) [N, M] of image codes given B prompts; 0 at other places.
+
+    With `options.released` also those of soi and eoi, [N, M + 2].
+    """
     states, scored = compute_code_states(model, prompts, segment, options)
     return score_code_states(model, states, scored, segment.values, options)
-
-
-def _score_with_borders(
-    model: ShowO, prompts: EncodedPrompts, segment: Segment, options: LogprobOptions
-) -> tuple[jax.Array, jax.Array]:
-    """Computes (log-probs, entropies) [N, M + 2] among all tokens; the first and last are borders.
-
-    Source: Show-o, `forward` with `labels_t2i`.
-    """
-    special, codes = options.special, segment.values[:, 1:-1]
-    hidden, scored = choose_with_borders(segment)
-    # Rows without guidance: supervised targets are scored as the prompt alone predicts them.
-    states = _read_images(model, prompts, codes, ~hidden, Rows(1), options)
-    ids = jnp.pad(codes + special.first_code, ((0, 0), (1, 1)))
-    ids = ids.at[:, 0].set(special.soi).at[:, -1].set(special.eoi)
-    scores = chunked_logprobs(model.text_logits, states, ids, options.temperature, options.chunk)
-    logprobs, entropies = (jnp.where(scored, x, 0.0) for x in scores)
-    return logprobs, entropies
 
 
 def compute_code_states(
@@ -71,7 +55,9 @@ def compute_code_states(
     """
     known, scored = list_passes(segment, options.unmasking)
     if len(known) == 1:
-        return _read_pass(model, prompts, segment.values, known[0], options), scored[0]
+        states = _read_pass(model, prompts, segment.values, known[0], options)
+        framed = jnp.pad(scored[0], ((0, 0), (1, 1)), constant_values=True)
+        return states, framed if options.released else scored[0]
 
     # Without checkpoint the backward pass would keep the activations of every pass.
     @jax.checkpoint
@@ -93,23 +79,16 @@ def _read_pass(
     options: LogprobOptions,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """Computes the states of all codes while known ones [N, M] are read."""
-    rows = Rows(len(codes) // len(prompts.input_ids), options.image_logprobs == "guided")
-    return split_image_states(_read_images(model, prompts, codes, known, rows, options), rows)
-
-
-def _read_images(
-    model: ShowO, prompts: EncodedPrompts, codes: jax.Array, known: jax.Array, rows: Rows,
-    options: LogprobOptions,
-) -> jax.Array:  # fmt: skip
-    """Computes the states [rows, M + 2, D] of soi, codes and eoi while known codes are read."""
     special = options.special
+    rows = Rows(len(codes) // len(prompts.input_ids), options.image_logprobs == "guided")
     ids, lengths = prepare_texts(prompts, rows, special)
     shown = jnp.where(known, codes, model.config.num_codes)
+    images = rows.repeat_samples(model.embed_text(frame_codes(shown, special)))
     _, hidden = model.language_model.read_parts(
-        model.embed_text(ids), lengths, rows.repeat_samples(embed_images(model, shown, special)),
-        IMAGE_ORDERS, remat=options.remat, attention=options.attention,
+        model.embed_text(ids), lengths, images, IMAGE_ORDERS,
+        remat=options.remat, attention=options.attention,
     )  # fmt: skip
-    return hidden
+    return split_image_states(hidden, rows, framed=options.released)
 
 
 def score_code_states(
@@ -117,11 +96,17 @@ def score_code_states(
     options: LogprobOptions,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Computes (log-probs, entropies) [N, M] of codes from the results of `compute_code_states`."""
+    image_logits = model.take_image_head()
 
     def logits_of(states: tuple[jax.Array, ...]) -> jax.Array:
-        return compute_image_logits(model, states, options.cfg_scale)[1]
+        if options.given:
+            return model.text_logits(states[0])
+        return compute_image_logits(image_logits, states, options.cfg_scale)[1]
 
-    scores = chunked_logprobs(logits_of, states, codes, options.temperature, options.chunk)
+    ids = frame_codes(codes, options.special)
+    given = ids if options.released else ids[:, 1:-1]
+    targets = given if options.given else codes
+    scores = chunked_logprobs(logits_of, states, targets, options.temperature, options.chunk)
     logprobs, entropies = (jnp.where(scored, x, 0.0) for x in scores)
     return logprobs, entropies
 
@@ -132,19 +117,20 @@ def text_logprobs(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Computes (log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts.
 
-    `vectors` [B, M, D] are read in the place of the embeddings of the images' codes. A prompt of
-    one token is the start of a text without an image.
+    `vectors` [B, M, D] are read in the place of the embeddings of the images' codes. With
+    `options.released` also those of the Q places of the questions, [N, Q + T]. A prompt of one
+    token is the start of a text without an image.
     """
     if prompts.input_ids.shape[1] == 1:
         return _score_plain_text(model, prompts, tokens, options)
     ids, lengths = move_padding_last(fill_codes(model, prompts, options.special), options.special)
     group_size, count = len(tokens) // len(ids), tokens.shape[1]
-    # mmu, soi, the codes and eoi: equally many in all rows
-    image = model.config.num_image_tokens + 3
+    image = model.config.num_image_tokens + FRONT  # equally many in all rows
     # Each completion reads the question again, which is short beside the image. The answer follows
     # its last real token, and its own last token is not read:
     # question [a, b, x], answer [c, d, e] -> places [0, 1, 3, 4, ..] of [a, b, x, c, d]
-    source = jnp.concatenate([repeat_rows(ids[:, image:], group_size), tokens[:, :-1]], axis=1)
+    asked = repeat_rows(ids[:, image:], group_size)
+    source = jnp.concatenate([asked, tokens[:, :-1]], axis=1)
     questions = repeat_rows(lengths - image, group_size)[:, None]
     places = jnp.arange(source.shape[1])
     places = jnp.where(places < questions, places, places + ids.shape[1] - image - questions)
@@ -152,13 +138,17 @@ def text_logprobs(
     front = model.embed_text(ids[:, :image])
     if vectors is not None:  # between mmu, soi and eoi
         front = front.at[:, 2:-1].set(vectors.astype(front.dtype))
-    _, hidden = model.language_model.read_parts(
+    before, hidden = model.language_model.read_parts(
         front, jnp.full(len(ids), image), model.embed_text(text),
         QUESTION_ORDERS, remat=options.remat, attention=options.attention,
     )  # fmt: skip
     # The state of the question's last token scores the first token of the answer.
-    before = (questions - 1 + jnp.arange(count))[..., None]
-    states = jnp.take_along_axis(hidden, before, axis=1)
+    states = jnp.take_along_axis(hidden, (questions - 1 + jnp.arange(count))[..., None], axis=1)
+    if options.released:
+        # That of eoi scores the first token of the question.
+        first = repeat_rows(before[:, -1:], group_size)
+        states = jnp.concatenate([first, hidden[:, : asked.shape[1] - 1], states], axis=1)
+        tokens = jnp.concatenate([asked, tokens], axis=1)
     return chunked_logprobs(model.text_logits, states, tokens, options.temperature, options.chunk)
 
 

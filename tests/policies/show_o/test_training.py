@@ -100,7 +100,7 @@ def test_supervised_stages_hide_codes_of_given_images(model, rows, tmp_path, one
     released, stage = stage.startswith("released"), stage.removeprefix("released ")
     changes = {"stage": stage, "rewards": [], "rollout": {}, "algorithm": {}}
     if stage == "sft":
-        changes["sft"] = {"text_column": "caption", "released_loss": released}
+        changes["sft"] = {"text_column": "caption", "released": released}
     else:
         changes["rewards"] = own_images(tmp_path)["rewards"]
     lines = run(
