@@ -27,6 +27,7 @@ from corl_jax.config.fields import (
     TaskChoice,
     option,
 )
+from corl_jax.config.fine_tuning import Sft
 from corl_jax.config.unmasking import Unmasking
 
 
@@ -286,27 +287,6 @@ class Lora(Section):
     targets: list[str] | None = option(
         None, "Projections of each layer that get an adapter. null: all that the model can have."
     )
-
-
-class Sft(Section):
-    """Supervised fine-tuning of the language model on one task or both."""
-
-    tasks: TaskChoice = option(
-        "unified",
-        "Tasks to train. mm2t: answers to questions about images; t2i: images; unified: both.",
-    )
-    caption_column: str | None = option(
-        "caption", "Column with the answers to the captioning instruction. null: no captions."
-    )
-    t2i_weight: NonNegativeFloat | None = option(
-        None, "Weight of the image loss; texts have 1. null: 1, in self_sft_through 0 (no loss)."
-    )
-    released: bool = option(
-        False,
-        "Also the terms that only the code that a model comes from has. Show-o: the tokens before "
-        "and behind an image, and the question before an answer.",
-    )
-    redraw: bool = option(False, "self_sft_through: a fresh image takes the gradient.")
 
 
 class Optimizer(Section):

@@ -59,9 +59,10 @@ def find_sizes(path: str, preset: str | None) -> tuple[Family, Sizes]:
     if (folder / "config.json").is_file():
         family = find_family(folder)
         return family, load_config(folder, family.kind)
-    # deepseek-ai/Janus-1.3B and a folder my_janus_1_3b both name janus-1.3b.
+    # deepseek-ai/Janus-1.3B and a folder my_janus_1_3b both name janus-1.3b. The longest name
+    # counts: show-o is a part of show-o-512x512.
     plain = _simplify_name(path)
-    named = next((name for name in PRESETS if _simplify_name(name) in plain), None)
+    named = max((name for name in PRESETS if _simplify_name(name) in plain), key=len, default=None)
     if named is None:
         raise InputError(
             f"model.path: found {path!r}, which is no directory with a config.json and names none "
@@ -124,7 +125,10 @@ def resolve_prompt_lengths(
         tokens = option_tokens[name]
         if tokens is None and name in lengths:
             continue  # as measured, and padded
-        tokens = limit if tokens is None else tokens
+        longest = limit
+        if option == "--image-prompt" and limits.image_prompt is not None:
+            longest = min(limit, limits.image_prompt)
+        tokens = longest if tokens is None else tokens
         # An image stands between a begin and an end token.
         shortest = limits.input_image_tokens + 2 if option == "--text-prompt" else 1
         if not shortest <= tokens <= limit:

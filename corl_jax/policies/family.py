@@ -197,8 +197,15 @@ class Limits:
     kv_heads: int
     head_dim: int
     caches_codes: bool = True  # sampling keeps the keys and values of an image's codes
+    image_prompt: int | None = None  # tokens to which the prompt of an image is cut; None: never
     # name of a tower -> number of its heads, which the mesh axis `tensor` has to divide
     sharded_heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def images_always_fit(self) -> bool:
+        """True if no prompt of an image is too long for the positions of the model."""
+        prompt = self.image_prompt
+        return prompt is not None and prompt + self.image_tokens <= self.positions
 
 
 @dataclasses.dataclass(frozen=True)

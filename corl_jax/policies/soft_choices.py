@@ -74,14 +74,15 @@ def choose_vectors(
     """
     through, book = options.straight_through, book.astype(jnp.float32)
     assert through is not None  # the stage is one with gradients through images
+    # float32: in bfloat16 the small weights of unlikely codes would be lost in the sum of vectors.
     is_soft = jnp.ones(codes.shape, bool) if is_soft is None else is_soft
 
     def choose(piece: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-        hidden, given, soft, places = piece
+        hidden, sampled, soft, places = piece
         logits = logits_of(hidden).astype(jnp.float32)
         noise = draw_noise(keys, places[0], logits.shape[-1])
-        scores, chosen = score_codes(logits, given, noise, through.redraw)
-        chosen = jnp.where(soft, chosen, given)
+        scores, chosen = score_codes(logits, sampled, noise, through.redraw)
+        chosen = jnp.where(soft, chosen, sampled)
         relaxed = jax.nn.softmax(scores / through.temperature, axis=-1) * soft[..., None]
         # Equal to (h + y - stop_gradient(y)) @ book, without the one-hots h.
         return pass_gradient(book[chosen], relaxed @ lax.stop_gradient(book)), chosen

@@ -126,7 +126,9 @@ def bind_suite_rewards(suites: Sequence[Suite]) -> list[BoundReward]:
 def _count_room(config: Config, policy: PolicyFiles, tasks: Sequence[str]) -> int:
     """Returns the most tokens of a prompt that leave room for a completion of any task."""
     limits = policy.family.limits(policy.sizes)
-    lengths = {TEXT: config.rollout.max_new_tokens, CODES: limits.image_tokens}
+    # Prompts of images that are cut always leave room for one.
+    image = 0 if limits.images_always_fit else limits.image_tokens
+    lengths = {TEXT: config.rollout.max_new_tokens, CODES: image}
     completions = [lengths[turn.segments[-1]] for task in tasks for turn in TASKS[task].turns]
     return limits.positions - max(completions)
 

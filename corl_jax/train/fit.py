@@ -19,7 +19,7 @@ from corl_jax.policies.family import Family, Limits
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import list_place_problems
 from corl_jax.tasks import plan_tasks
-from corl_jax.train import attending
+from corl_jax.train import attending, sft
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Params, Sizes
 from corl_jax.weights.export import check_export
@@ -86,12 +86,23 @@ def find_model_problems(
 ) -> list[str]:
     """Returns the sizes and parts of the model that do not fit the config."""
     limits = family.limits(sizes)
-    problems = find_trainable_problems(config, family, sizes)
+    problems = find_trainable_problems(config, family, sizes) + find_target_problems(config, family)
     problems += find_length_problems(config, limits) + _find_export_problems(config, family, sizes)
     if mesh is None:
         return problems
     problems += find_mesh_problems(family, sizes, mesh)
     return problems + attending.find_kernel_problems(config, limits.head_dim, mesh)
+
+
+def find_target_problems(config: Config, family: Family) -> list[str]:
+    """Returns the options of supervised training that the family cannot follow."""
+    texts = config.sft.text_column
+    if not texts or sft.TEXT_PROMPT in family.prompts:
+        return []
+    return [
+        f"sft.text_column: found {texts}, but a {family.name} learns no texts without images; set "
+        "it to null"
+    ]
 
 
 def find_length_problems(config: Config, limits: Limits) -> list[str]:
@@ -100,7 +111,8 @@ def find_length_problems(config: Config, limits: Limits) -> list[str]:
     if not stage.uses_language_model:
         return []
     answer = config.rollout.max_new_tokens if stage.samples else 0
-    completion = max(answer, limits.image_tokens)
+    # Prompts of images may be cut; then only those of questions are as long as the data allows.
+    completion = answer if limits.images_always_fit else max(answer, limits.image_tokens)
     if plan_tasks(stage.tasks(config)):
         # The token that begins an image is in the completion, between the plan and the codes.
         completion = answer + 1 + limits.image_tokens

@@ -1,7 +1,7 @@
 """The stage `sft`: one task or both on one language model, by next-token loss.
 
-Up to three kinds of completions come from each data row: the row's image for its prompt, the
-answer to its question, and, if the data has captions, the caption for the captioning instruction.
+Up to four kinds of completions come from each data row: the row's image for its prompt, the answer
+to its question, and, if the data has them, the caption for the captioning instruction and a text.
 The targets of images are the codes that the frozen image tokenizer gives the row's image.
 """
 
@@ -31,6 +31,15 @@ from corl_jax.types import Array, EncodedPrompts, Prompts, Segment
 
 CAPTION = "caption"
 """Name of the captions beside those of the tasks, in metrics and weights."""
+
+PLAIN_TEXT, PLAIN_TEXT_WEIGHT = "plain_text", 0.1
+"""Name of the texts without image beside those of the tasks, and the weight of their loss.
+
+Source: Show-o (arXiv 2408.12528): 1 for images, 0.1 for texts, 1 for answers.
+"""
+
+TEXT_PROMPT = "text"
+"""Kind of prompt that begins a text without image: its first token begins any text."""
 
 NOISE_STREAM = (1 << 16) + 1
 """Random stream of `policies.family.NOISE_KEYS`, apart from those of samples."""
@@ -91,7 +100,21 @@ def make_supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
             encoded = dataclasses.replace(encoded, pixel_values=questions.pixel_values)
             captions = columns[options.caption_column]
             batch[CAPTION] = TaskBatch(encoded, (make_targets(run, captions),))
+    if options.text_column:
+        batch[PLAIN_TEXT] = make_plain_texts(run, columns[options.text_column])
     return batch
+
+
+def make_plain_texts(run: Run, texts: Sequence[str]) -> TaskBatch:
+    """Returns texts without images as completions of their first token, which begins any text."""
+    limit, rows = run.train_loader.options.max_prompt_length, []
+    for text in texts:
+        ids = run.processor.prompt_ids(TEXT_PROMPT, {"text": text})
+        # A text that is cut does not end, as in Show-o's own training.
+        rows.append([*ids, run.processor.special.eos][:limit])
+    # A length of one token, not of a bucket: by it a family tells these prompts from questions.
+    prompts = run.processor.pad([row[:1] for row in rows], length=1)
+    return TaskBatch(prompts, (pad_targets(run, [row[1:] for row in rows]),))
 
 
 def make_noise_bits(run: Run, prompts: Prompts, group_size: int = 1) -> Array:
@@ -110,7 +133,14 @@ def blank_prompts(run: Run, prompts: EncodedPrompts, dropped: np.ndarray) -> Enc
 def make_targets(run: Run, answers: Sequence[str]) -> Segment:
     """Returns texts as a segment [B, T]: each answer and the end token, padded to a bucket."""
     processor: Any = run.processor
-    rows = [[*processor.answer_ids(text), processor.special.eos] for text in answers]
+    return pad_targets(
+        run, [[*processor.answer_ids(text), processor.special.eos] for text in answers]
+    )
+
+
+def pad_targets(run: Run, rows: Sequence[Sequence[int]]) -> Segment:
+    """Returns ids of texts as a segment [B, T], padded to a bucket."""
+    processor: Any = run.processor
     # The rows of all processes form one array, so all pad to the longest row of any process.
     length = processor.bucket(all_max(max(map(len, rows))))
     # Padding has the id of the end token. The mask tells them apart.

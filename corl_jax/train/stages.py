@@ -88,8 +88,8 @@ def _weigh_rl_tasks(config: Config) -> dict[str, float]:
 def _weigh_sft_batches(config: Config) -> dict[str, float]:
     weight = sft.choose_image_weight(config)
     weights = {name: 1.0 if task.makes_text else weight for name, task in TASKS.items()}
-    # Captions are no task, but a third kind of completion beside them.
-    return weights | {sft.CAPTION: 1.0}
+    # Captions and texts are no tasks, but further kinds of completions beside them.
+    return weights | {sft.CAPTION: 1.0, sft.PLAIN_TEXT: sft.PLAIN_TEXT_WEIGHT}
 
 
 def _choose_sft_tasks(config: Config) -> tuple[str, ...]:
@@ -97,10 +97,12 @@ def _choose_sft_tasks(config: Config) -> tuple[str, ...]:
 
 
 def _list_sft_columns(config: Config) -> list[str]:
-    if not text_tasks(_choose_sft_tasks(config)):
-        return [IMAGE_COLUMN]
-    captions = config.sft.caption_column
-    return [IMAGE_COLUMN, ANSWER_COLUMN, *([captions] if captions else [])]
+    optional = [config.sft.text_column]
+    columns = [IMAGE_COLUMN]
+    if text_tasks(_choose_sft_tasks(config)):
+        columns.append(ANSWER_COLUMN)
+        optional.insert(0, config.sft.caption_column)
+    return [*columns, *filter(None, optional)]
 
 
 def _make_token_step(outline: Any, options: UpdateOptions, optimizer: Any, **jit: Any) -> Callable:

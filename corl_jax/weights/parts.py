@@ -54,7 +54,7 @@ def write_parts(
     progress: Progress | None,
 ) -> None:  # fmt: skip
     """Writes one file for each part of a kind."""
-    for part, part_plans in _split_plans(kind, plans):
+    for part, part_plans in split_plans(kind, plans):
         place = folder / part.folder
         place.mkdir(exist_ok=True)
         if as_bin:
@@ -67,11 +67,11 @@ def count_part_bytes(kind: NetworkKind, plans: Sequence[TensorPlan]) -> dict[str
     """Returns {file: bytes} of the safetensors files that `write_parts` would write."""
     return {
         str(Path(part.folder, f"{part.stem}.safetensors")): count_safetensors_bytes(part_plans)
-        for part, part_plans in _split_plans(kind, plans)
+        for part, part_plans in split_plans(kind, plans)
     }
 
 
-def _split_plans(
+def split_plans(
     kind: NetworkKind, plans: Sequence[TensorPlan]
 ) -> Iterator[tuple[WeightsPart, list[TensorPlan]]]:
     """Yields each part with its tensors in the order and under the names of its file."""

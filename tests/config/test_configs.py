@@ -26,6 +26,8 @@ from corl_jax.config.shipped import describe_config, list_configs, list_studies
 from corl_jax.data.columns import COLUMNS
 from corl_jax.errors import InputError
 from corl_jax.params import partition
+from corl_jax.plan.command import find_sizes
+from corl_jax.policies import FAMILIES
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.rewards import networks, registry
@@ -35,7 +37,9 @@ from corl_jax.train.stages import STAGES as STAGE_TABLE
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS, DOCS = ROOT / "configs", ROOT / "docs"
 FILES = [f"{name}.yaml" for name in list_configs()]
-PAPER = [name for name in FILES if name.startswith(("janus_pro_", "janus_1_3b"))]
+JANUS = [name for name in FILES if name.startswith(("janus_pro_", "janus_1_3b"))]
+SHOW_O = [name for name in FILES if name.startswith("show_o_")]
+PAPER = [*JANUS, *SHOW_O]
 STAGES = ("unified", "refined_t2i", "refined_mc", "refined_oe")
 # Beside unified training: each task alone, both in turn, and supervised training.
 PARADIGMS = ("t2i", "mm2t", "alternating", "cold_sft")
@@ -43,8 +47,8 @@ PARADIGMS = ("t2i", "mm2t", "alternating", "cold_sft")
 SELF = ("self_qa", "self_sft", "self_sft_through")
 DEVICES = (1, 2, 4, 8)
 # 12 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
-# few configs set one. 3 belong to models that draw the codes of an image in any order.
-MAX_OPTIONS = 126
+# few configs set one. 4 belong to models that draw the codes of an image in any order.
+MAX_OPTIONS = 127
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".html")
 
@@ -107,6 +111,8 @@ def test_the_promised_configs_are_there():
     promised |= {"quickstart.yaml", "mini/unified.yaml"}
     promised |= {f"janus_1_3b/{name}.yaml" for name in (*SELF, "tpu_v5e_16")}
     promised |= {"mini/refined_t2i.yaml", "mini/refined_mm2t.yaml"}
+    promised |= {f"show_o_512/{name}.yaml" for name in (*SELF, "unified", "lora", "tpu_v5e_16")}
+    promised |= {"show_o_256/unified.yaml", "show_o_256/sft.yaml"}
     assert promised <= set(FILES)
 
 
@@ -316,15 +322,22 @@ def test_released_is_unified_with_the_scripts_values_and_every_switch():
     assert (released.seed, released.optimizer.learning_rate) == (42, 4e-6)
 
 
-def test_training_on_own_images_differs_in_the_stage_alone():
-    """The published rate, group and prompts a step; beta for means over tokens."""
-    first, supervised, through = (load(f"janus_1_3b/{name}.yaml") for name in SELF)
+@pytest.mark.parametrize(
+    ("folder", "model", "scale"),
+    [
+        ("janus_1_3b", "deepseek-ai/Janus-1.3B", 5.0),
+        ("show_o_512", "models/show-o-512x512", 6.0),
+    ],
+)
+def test_training_on_own_images_differs_in_the_stage_alone(folder, model, scale):
+    """The published rate and Janus' group and prompts a step; beta for means over tokens."""
+    first, supervised, through = (load(f"{folder}/{name}.yaml") for name in SELF)
     assert (first.optimizer.learning_rate, first.rollout.group_size) == (1e-5, 8)
     assert (first.train.prompts_per_step, first.train.max_steps) == (8, 500)
     assert (first.optimizer.schedule, first.optimizer.warmup_steps) == ("constant", 20)
-    assert (first.rollout.cfg_scale, first.rollout.max_new_tokens) == (5.0, 32)
+    assert (first.rollout.cfg_scale, first.rollout.max_new_tokens) == (scale, 32)
     assert (first.algorithm.tasks, first.algorithm.kl_coef) == ("self_qa", 0.02)
-    assert first.model.path == "deepseek-ai/Janus-1.3B"
+    assert first.model.path == model
     unread = {"algorithm.tasks", "algorithm.kl_coef"}
     assert differing(first, supervised) == {"output_dir", "stage"} | unread
     assert differing(supervised, through) == {"output_dir", "stage"}
@@ -343,12 +356,39 @@ def test_batches_split_over_up_to_eight_devices(name):
         assert all(size % devices == 0 for size in sizes for devices in DEVICES)
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", JANUS)
 def test_prompt_and_completion_fit_the_models_positions(name):
     for config in load_runs(name):
         model = network.PRESETS["janus-pro-7b" if "7b" in name else "janus-pro-1b"]
         longest = max(config.rollout.max_new_tokens, model.num_image_tokens)
         assert config.data.max_prompt_length + longest <= model.llama.max_position_embeddings
+
+
+@pytest.mark.parametrize("name", SHOW_O)
+def test_a_show_o_config_fits_its_model(name):
+    """Positions, adapters, trained parts, the layout of the export; the mesh apart."""
+    config, family = load(name), FAMILIES["show_o"]
+    preset = "show-o-512x512" if "512" in name else "show-o"
+    assert config.model.path == f"models/{preset}"
+    assert find_sizes(config.model.path, None) == (family, family.presets[preset])
+    sizes = fit.add_adapters(config, family, family.presets[preset])
+    assert not fit.find_model_problems(config, family, sizes, None)
+    # Show-o's own weights of guidance do not count the conditional part; see `compute_image_logits`
+    if STAGE_TABLE[config.stage].samples:
+        assert config.rollout.cfg_scale - 1 == (5.0 if "512" in name else 1.75)
+        assert config.unmasking.steps == 16
+
+
+def test_a_question_longer_than_the_room_beside_an_image_is_no_problem_at_512_pixels():
+    """Prompts of images are cut to 129 tokens; those of questions have 1,024 codes."""
+    family = FAMILIES["show_o"]
+    limits = family.limits(family.presets["show-o-512x512"])
+    config = load("show_o_512/self_qa.yaml")
+    assert config.data.max_prompt_length + limits.image_tokens > limits.positions
+    assert limits.images_always_fit and not fit.find_length_problems(config, limits)
+    long = config_files.load(CONFIGS / "show_o_512/self_qa.yaml", ["rollout.max_new_tokens=1024"])
+    (problem,) = fit.find_length_problems(long, limits)
+    assert "is 2176 tokens; the model has positions for 2048" in problem
 
 
 @pytest.mark.parametrize("name", FILES)

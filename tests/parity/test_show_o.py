@@ -18,7 +18,11 @@ from corl_jax.models import magvit
 from corl_jax.models.magvit import Magvit, MagvitConfig
 from corl_jax.models.modules import bind, make_abstract
 from corl_jax.params import flatten
+from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.show_o import network
+from corl_jax.policies.show_o.logprobs import text_logprobs
+from corl_jax.policies.show_o.tokens import make_special_tokens
+from corl_jax.types import EncodedPrompts
 from tests.parity import torch_show_o
 from tests.parity.torch_show_o import MAGVIT, TEXT, Z_CHANNELS
 from tests.support.tolerances import NETWORK
@@ -147,6 +151,21 @@ def test_parts_equal_the_whole_under_its_mask(pair, kind):
         for row, (length, pads) in enumerate(zip(lengths, PADS, strict=True)):
             expected = states[row, split - length : split]
             assert_close(f"first part {kind} {pads}", before[row, :length], expected)
+
+
+def test_texts_without_an_image_are_scored_as_a_causal_model_does(pair):
+    """Every token behind the first, which begins any text."""
+    ids = np.random.default_rng(3).integers(0, TEXT, (ROWS, 8)).astype(np.int32)
+    with torch.no_grad():
+        logits = pair.torch(torch.from_numpy(ids)).logits[:, :-1]
+    expected = torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(ids[:, 1:, None]).long())
+    special = make_special_tokens(TEXT, 2**Z_CHANNELS)
+
+    def score(model, ids):
+        prompts = EncodedPrompts(ids[:, :1], jnp.ones((ROWS, 1), bool))
+        return text_logprobs(model, prompts, ids[:, 1:], LogprobOptions(special))[0]
+
+    assert_close("log-probs of texts", ours(pair, score, ids), expected[..., 0].numpy())
 
 
 # ---- MAGVIT-v2

@@ -73,7 +73,7 @@ def batch() -> step.TaskBatch:
     codes = rng.integers(0, CODE_COUNT, (rows, PLACES)).astype(np.int32)
     right = np.broadcast_to((np.arange(rows) != 1)[:, None], codes.shape)
     keys = jax.random.key_data(jax.random.split(jax.random.key(7), rows))
-    shares = np.repeat(np.float32([0.8, 0.4]), GROUP)
+    shares = np.repeat(np.asarray([0.8, 0.4], np.float32), GROUP)
     drawn = Segment(
         CODES, codes, right, replay={NOISE_KEYS: np.asarray(keys), HIDDEN_SHARES: shares}
     )

@@ -6,10 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from corl_jax.policies.show_o.checkpoint import KIND
+from corl_jax.policies.show_o.checkpoint.files import make_phi_config
+from corl_jax.policies.show_o.checkpoint.sizes import write_config
+from corl_jax.policies.show_o.network import ShowOConfig
+from corl_jax.weights.export_folder import Export, plan_tensors
+from corl_jax.weights.parts import split_plans
 from tests.parity import torch_show_o
 from tests.support.tiny_models import CORPUS
 
@@ -57,6 +64,52 @@ def original_folder(folder: Path, *, beside: bool = False, seed: int = 0) -> Pat
     write_json(others / "magvitv2/config.json", names)
     phi_folder(others / "phi-1_5", TEXT)
     return folder
+
+
+def full_size_folder(folder: Path, config: ShowOConfig) -> Path:
+    """Writes the original files of a Show-o of any size; the values are holes in its files."""
+    shapes = {path: shape for path, shape in KIND.shapes(config).items() if "mm_proj" not in path}
+    export = Export(
+        kind=KIND, layout="original", config=config, leaves=Shapes(shapes), assets=None, carried={}
+    )
+    for part, plans in split_plans(KIND, plan_tensors(export)):
+        header, offset = {}, 0
+        for plan in plans:
+            end = offset + plan.nbytes
+            dtype = {"float32": "F32", "int64": "I64"}[str(plan.dtype)]
+            header[plan.key] = {
+                "dtype": dtype, "shape": list(plan.shape), "data_offsets": [offset, end],
+            }  # fmt: skip
+            offset = end
+        text = json.dumps(header).encode()
+        file = folder / part.folder / f"{part.stem}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + offset)
+            for plan in plans:
+                if plan.key in QUANTISER:  # these follow from the sizes, and are compared
+                    stream.seek(8 + len(text) + header[plan.key]["data_offsets"][0])
+                    stream.writelines(chunk.tobytes() for chunk in plan.chunks())
+    write_json(folder / "config.json", write_config("original", config, "float32", None))
+    phi_folder(folder / "phi-1_5", 300)
+    write_json(folder / "phi-1_5/config.json", make_phi_config(config.phi))
+    return folder
+
+
+class Shapes:
+    """Leaves without values."""
+
+    transposed, concurrent = True, False
+
+    def __init__(self, shapes):
+        self.shapes = shapes
+
+    def dtype(self, path, layer):
+        return np.dtype(np.float32)
+
+    def read(self, path, layer, box=None):
+        raise AssertionError("only shapes are needed")
 
 
 def phi_folder(folder: Path, vocab_size: int) -> Path:

@@ -22,7 +22,15 @@ from corl_jax.policies.show_o import (
 from corl_jax.policies.show_o.checkpoint import KIND, find_tokenizer
 from corl_jax.policies.show_o.hiding import choose_scored
 from corl_jax.policies.show_o.network import ShowOConfig
-from corl_jax.policies.show_o.prompts import BUCKET, ImageSettings, Processor
+from corl_jax.policies.show_o.prompts import (
+    BUCKET,
+    GENERATE,
+    MAX_TEXT,
+    PLAIN_TEXT,
+    QUESTION,
+    ImageSettings,
+    Processor,
+)
 from corl_jax.policies.show_o.tokens import make_special_tokens
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.weights.checkpoint import load_config
@@ -45,6 +53,7 @@ def describe_limits(sizes: ShowOConfig) -> Limits:
         kv_heads=phi.num_kv_heads,
         head_dim=phi.head_dim,
         caches_codes=False,
+        image_prompt=MAX_TEXT + 1,  # and its end token
         sharded_heads={
             "heads of language_model": phi.num_heads,
             "key heads of language_model": phi.num_kv_heads,
@@ -107,6 +116,7 @@ FAMILY = Family(
             passes_gradients=True, choose_scored=choose_scored,
         ),
     },
+    prompts=(GENERATE, QUESTION, PLAIN_TEXT),
     blank_prompts=reading.blank_ids,
     decode_images=images.decode_images,
     encode_images=images.encode_images,

@@ -118,8 +118,11 @@ def text_logprobs(
     """Computes (log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts.
 
     `vectors` [B, M, D] are read in the place of the embeddings of the images' codes. With
-    `options.released` also those of the Q places of the questions, [N, Q + T].
+    `options.released` also those of the Q places of the questions, [N, Q + T]. A prompt of one
+    token is the start of a text without an image.
     """
+    if prompts.input_ids.shape[1] == 1:
+        return _score_plain_text(model, prompts, tokens, options)
     ids, lengths = move_padding_last(fill_codes(model, prompts, options.special), options.special)
     group_size, count = len(tokens) // len(ids), tokens.shape[1]
     image = model.config.num_image_tokens + FRONT  # equally many in all rows
@@ -146,6 +149,20 @@ def text_logprobs(
         first = repeat_rows(before[:, -1:], group_size)
         states = jnp.concatenate([first, hidden[:, : asked.shape[1] - 1], states], axis=1)
         tokens = jnp.concatenate([asked, tokens], axis=1)
+    return chunked_logprobs(model.text_logits, states, tokens, options.temperature, options.chunk)
+
+
+def _score_plain_text(
+    model: ShowO, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions
+) -> tuple[jax.Array, jax.Array]:
+    start = jnp.asarray(prompts.input_ids)
+    hidden = model.language_model.read_parts(
+        model.embed_text(start), jnp.ones(len(start), jnp.int32), model.embed_text(tokens[:, :-1]),
+        ("causal", "causal"), remat=options.remat, attention=options.attention,
+    )  # fmt: skip
+    # The state of the start scores the first token: start s, tokens [a, b] -> states of [s, a].
+    first = repeat_rows(hidden[0], len(tokens) // len(start))
+    states = jnp.concatenate([first, hidden[1]], axis=1)
     return chunked_logprobs(model.text_logits, states, tokens, options.temperature, options.chunk)
 
 

@@ -25,8 +25,8 @@ from corl_jax.types import EncodedPrompts
 
 logger = logging.getLogger(__name__)
 
-GENERATE, QUESTION = "generate", "question"
-"""Kinds of prompts: a text for image generation; a question about an image."""
+GENERATE, QUESTION, PLAIN_TEXT = "generate", "question", "text"
+"""Kinds of prompts: a text for image generation; a question about an image; a text alone."""
 BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
 MAX_TEXT = 128
 """Longest text of a prompt for an image, in tokens with its first; Show-o's `max_seq_length`."""
@@ -145,6 +145,8 @@ class Processor:
         """
         if prompt == GENERATE:
             return self.t2i_ids(columns["prompt"])
+        if prompt == PLAIN_TEXT:
+            return self._tokenize_text(columns["text"])
         assert prompt == QUESTION, prompt
         if (count := columns.get("num_images", 1)) != 1:
             raise InputError(f"question: found {count} images; a Show-o reads exactly one")

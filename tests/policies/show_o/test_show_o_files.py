@@ -28,6 +28,7 @@ from corl_jax.weights.recognise import recognise_kind
 from corl_jax.weights.shards import write_json
 from tests.parity import torch_show_o
 from tests.support import show_o_files
+from tests.support.show_o_files import Shapes
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -236,21 +237,6 @@ def test_names_without_their_prefix_are_explained(copy):
     bare = {name.removeprefix("showo."): value for name, value in state.items()}
     save_file(bare, copy / "pytorch_model.safetensors")
     assert "lack the 'showo.'" in problems_of(copy)
-
-
-class Shapes:
-    """Leaves without values."""
-
-    transposed, concurrent = True, False
-
-    def __init__(self, shapes):
-        self.shapes = shapes
-
-    def dtype(self, path, layer):
-        return np.dtype(np.float32)
-
-    def read(self, path, layer, box=None):
-        raise AssertionError("only shapes are needed")
 
 
 def test_published_files_have_the_predicted_size():

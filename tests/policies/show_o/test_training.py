@@ -88,11 +88,20 @@ def test_it_resumes_to_the_bit(model, rows, tmp_path, one_device):
 
 @pytest.mark.parametrize(
     "stage",
-    ["sft", *(pytest.param(x, marks=pytest.mark.slow) for x in ("self_sft", "self_sft_through"))],
+    [
+        "sft",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("released sft", "self_sft", "self_sft_through")
+        ),
+    ],
 )
 def test_supervised_stages_hide_codes_of_given_images(model, rows, tmp_path, one_device, stage):
+    released, stage = stage.startswith("released"), stage.removeprefix("released ")
     changes = {"stage": stage, "rewards": [], "rollout": {}, "algorithm": {}}
-    if stage != "sft":
+    if stage == "sft":
+        changes["sft"] = {"text_column": "caption", "released": released}
+    else:
         changes["rewards"] = own_images(tmp_path)["rewards"]
     lines = run(
         model, rows, tmp_path / "run", optimizer={"learning_rate": 1e-2, "schedule": "constant"},
@@ -100,6 +109,10 @@ def test_supervised_stages_hide_codes_of_given_images(model, rows, tmp_path, one
     )  # fmt: skip
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 8 and losses[-1] < losses[0]
+    if stage == "sft":  # coefficients 1, 1, 0.1; captions have no coefficient of Show-o
+        kinds = {"t2i": 1.0, "mm2t": 1.0, "caption": 1.0, "plain_text": 0.1}
+        parts = [weight * lines[0][f"{kind}/nll"] for kind, weight in kinds.items()]
+        assert lines[0]["loss"] == pytest.approx(sum(parts), rel=1e-4)
 
 
 def test_commands_draw_and_answer(model, tmp_path, capsys, one_device):
