@@ -14,7 +14,7 @@ from corl_jax.models.mask2former import Mask2FormerConfig
 from corl_jax.models.swin import SwinConfig
 from corl_jax.models.vgg import VggConfig
 from corl_jax.policies.janus.network import PRESETS, JanusConfig
-from tools.mini_janus.config import make_mini_config
+from tools.small_models.janus_sizes import make_mini_config
 
 PARTS = ("rewards", "image", "text", "vq", "train", "iteration", "correctness", "gradients")
 
