@@ -1,9 +1,11 @@
 """Writes an untrained mini or nano model of a family, for the supervised stages.
 
     python -m tools.small_models --out DIR [--family janus|show-o] [--size mini|nano] [--seed 0]
+        [--image-tokenizer JANUS]
     python -m tools.small_models roundtrip --model DIR [--rows 1000] [--seed 0]
 
-A Janus is written in transformers' layout, a Show-o as its original files. `roundtrip` encodes and
+A Janus is written in transformers' layout, a Show-o as its original files. The image tokenizer of a
+Show-o can begin as that of a small Janus, in place of random numbers. `roundtrip` encodes and
 decodes held-out images of the drawn world with a model's image tokenizer, and prints the share that
 the exact checker still accepts, with a 95% Wilson interval.
 """
@@ -21,24 +23,32 @@ from corl_jax.devices import startup
 from corl_jax.errors import exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.params import flatten
+from corl_jax.policies import load_policy
 from corl_jax.weights.export_folder import Export, write_export
 from corl_jax.weights.kinds import Assets
 from corl_jax.weights.sources import MemoryLeaves
 from tools.small_models import roundtrip
 from tools.small_models.families import FAMILIES, WORLDS
+from tools.small_models.sign_tokenizer import make_start
 
 
-def create_model(out: Path, seed: int, size: str = "mini", family: str = "janus") -> int:
+def create_model(
+    out: Path, seed: int, size: str = "mini", family: str = "janus",
+    image_tokenizer: str | Path | None = None,
+) -> int:  # fmt: skip
     """Writes the directory, completely or not at all, and returns the number of parameters.
 
-    Raises: InputError if the directory holds files.
+    Raises: InputError if the directory holds files, or for an image tokenizer that does not fit.
     """
     made = FAMILIES[family]
+    janus = load_policy(image_tokenizer) if image_tokenizer else None
     with create_folder(out) as folder, tempfile.TemporaryDirectory() as assets:
         tokenizer = made.train_tokenizer(seed, WORLDS[size])
         made.write_tokenizer(Path(assets), tokenizer, size)
         config = made.make_sizes(tokenizer, size)
         params = made.init(config, jax.random.key(seed))
+        if janus:
+            params["vqmodel"] = make_start(janus, config.magvit, seed, WORLDS[size])
         export = Export(
             kind=made.kind,
             layout=made.layout,
@@ -64,6 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--family", choices=tuple(FAMILIES), default="janus")
     parser.add_argument("--size", choices=tuple(WORLDS), default="mini", help="see *_sizes.py")
     parser.add_argument(
+        "--image-tokenizer", metavar="JANUS", help="of a Show-o: begins as that of this Janus"
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, help="of the weights and the text, or of the images"
     )
     commands = parser.add_subparsers(dest="command", metavar="roundtrip")
@@ -75,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     # argparse has no group of an option and a subcommand that exclude each other.
     if (args.command is None) == (args.out is None):
         parser.error("expected either --out DIR or roundtrip")
+    if args.image_tokenizer and args.family == "janus":
+        parser.error("--image-tokenizer: expected --family show-o")
     startup.check_jax_settings()
     startup.start_devices()
     if args.command == "roundtrip":

@@ -1,8 +1,8 @@
 """Sizes of the two small Show-o models: `mini` and `nano`.
 
-`nano` has 1.1 million parameters, for 32x32 images of 4x4 codes. `mini` has 4 million, for 64x64
-images of 8x8 codes. A code has 8 bits, or 9. A norm of the tokenizer has 32 groups, so that 32
-channels are the fewest.
+`nano` has 0.9 million parameters, for 32x32 images of 4x4 codes of 8 bits. `mini` has 3 million,
+for 64x64 images of 8x8 codes of 9 bits. A norm of the tokenizer has 32 groups, so that 32 channels
+are the fewest. The nano's tokenizer has the sizes of the nano Janus's, see `sign_tokenizer`.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def make_nano_config(text_tokens: int) -> ShowOConfig:
         MagvitConfig(
             z_channels=8,
             base_channels=32,
-            encoder_channels=(32, 32, 64, 64),
+            encoder_channels=(32, 32, 32, 32),
             encoder_blocks=(1, 1, 1, 1),
-            decoder_channels=(32, 32, 64, 64),
-            decoder_blocks=(1, 1, 1, 1),
+            decoder_channels=(32, 32, 32, 32),
+            decoder_blocks=(2, 2, 2, 2),
         ),
         num_vq_tokens=16,
     )
