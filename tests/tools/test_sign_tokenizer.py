@@ -33,7 +33,7 @@ def test_all_layers_but_the_signs_do_what_the_janus_does(nano):
     """Without what has no place here: attention beside the middle, a bias under zero padding."""
 
     def remove(path, leaf):
-        is_lost = "/attn/" in path and "/proj_out/" in path or path == "post_quant_conv/bias"
+        is_lost = ("/attn/" in path and "/proj_out/" in path) or path == "post_quant_conv/bias"
         return leaf * 0 if is_lost else leaf
 
     old = map_with_path(remove, nano.params["vqmodel"])
