@@ -1,4 +1,4 @@
-"""A MAGVIT-v2 that begins as the tokenizer of the nano Janus: exact layers, and images in signs."""
+"""A small Show-o whose tokenizer begins as that of the nano Janus: layers, images, files, words."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from corl_jax.models.magvit import Magvit
 from corl_jax.models.vq import VQModel
 from corl_jax.params import flatten, map_with_path, unflatten
 from corl_jax.policies import load_policy
-from corl_jax.policies.show_o.tokenizer_training import magvit_loss
+from corl_jax.policies.show_o.tokens import CONTROLS, PAD
 from tests.support.tolerances import NETWORK
 from tests.tools.test_roundtrip import pictures
-from tools.small_models import sign_tokenizer
+from tools.small_models import roundtrip, sign_tokenizer
 from tools.small_models.__main__ import main
 from tools.small_models.show_o_sizes import make_mini_config, make_nano_config
 
@@ -65,12 +65,33 @@ def test_the_rotation_is_one_and_finds_signs_that_were_rotated():
     assert found.size == pytest.approx(0.5, abs=1e-4)
 
 
-def test_the_start_draws_pictures_from_signs(nano):
-    params = sign_tokenizer.make_start(nano, SIZES, 0, "small")
-    magvit = modules.bind(Magvit, SIZES, jax.tree.map(jnp.asarray, params))
-    metrics = magvit_loss(magvit, jnp.asarray(pictures(8), jnp.float32) / 127.5 - 1)[1]
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "start"
+    main(["--family", "show-o", "--size", "nano", "--image-tokenizer", "nano", "--out", str(out)])
+    return load_policy(out)
+
+
+def test_the_start_of_a_show_o_draws_pictures_from_signs(start):
+    before = pictures(8)
+    after = roundtrip.reconstruct(start, before)
     # A white image has 0.2.
-    assert metrics["vq/rmse"] < 0.13 and metrics["vq/code_usage"] > 0.1
+    assert np.sqrt(((after.astype(float) - before) ** 2).mean()) / 255 < 0.13
+
+
+def test_the_start_of_a_show_o_has_its_sizes_and_its_tokens(start):
+    # Sizes that no file states follow from the shapes.
+    assert start.family.name == "show_o"
+    assert start.sizes == make_nano_config(start.sizes.llm_vocab_size)
+    tokenizer, special = start.processor.tokenizer, start.processor.special
+    assert [tokenizer.token_to_id(name) for name in (PAD, *CONTROLS)] == [
+        special.pad + place for place in range(10)
+    ]
+    assert special.eos == special.pad - 1 == start.sizes.llm_vocab_size - 1
+    text = "a red circle left of a blue cross"
+    ids = start.processor.t2i_ids(text)
+    assert len(ids) == 3 + len(text.split()), "each word is one token"
+    assert start.processor.decode(ids) == text
 
 
 def test_tokenizers_of_other_sizes_and_families_are_refused(nano, capsys):

@@ -99,9 +99,8 @@ def main(argv: list[str] | None = None) -> None:
             f"checker after encoding and decoding: {args.model}"
         )
     else:
-        print(
-            f"{create_model(args.out, args.seed, args.size, args.family):,} parameters: {args.out}"
-        )
+        count = create_model(args.out, args.seed, args.size, args.family, args.image_tokenizer)
+        print(f"{count:,} parameters: {args.out}")
 
 
 if __name__ == "__main__":

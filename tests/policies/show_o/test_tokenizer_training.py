@@ -1,4 +1,4 @@
-"""The loss of MAGVIT-v2's training, and the random start of a small Show-o that it begins from."""
+"""The loss of MAGVIT-v2's training."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ import numpy as np
 import pytest
 
 from corl_jax.models.magvit import look_up
-from corl_jax.policies import inspect_policy
 from corl_jax.policies.show_o import network
 from corl_jax.policies.show_o.tokenizer_training import (
     COMMITMENT_WEIGHT,
     ENTROPY_WEIGHT,
     magvit_loss,
 )
-from corl_jax.policies.show_o.tokens import CONTROLS
 from tests.support import tiny_show_o
 from tests.support.tolerances import NETWORK
-from tools.small_models.__main__ import create_model
-from tools.small_models.show_o_sizes import make_nano_config
 
 STAGE = (COMMITMENT_WEIGHT, ENTROPY_WEIGHT)
 """Weights of the stage, given as arrays, so that one program has any weights."""
@@ -92,20 +88,3 @@ def test_the_entropy_of_all_codes_is_that_of_independent_bits(compute, magvit):
     codes = np.where(bits[:, None], one, 1 - one).prod(axis=-1).mean(axis=1)
     expected = per_latent + (codes * np.log(codes)).sum()
     assert metrics["vq/entropy"] == pytest.approx(expected, rel=1e-4)
-
-
-def test_a_random_nano_opens_with_its_tokenizer(tmp_path):
-    count = create_model(tmp_path / "nano", seed=0, size="nano", family="show-o")
-    files = inspect_policy(tmp_path / "nano")
-    assert files.family.name == "show_o" and 1e6 < count < 1.5e6
-    # Sizes that no file states follow from the shapes.
-    assert files.sizes == make_nano_config(files.sizes.llm_vocab_size)
-    tokenizer, special = files.processor.tokenizer, files.processor.special
-    assert [tokenizer.token_to_id(name) for name in CONTROLS] == [
-        special.pad + 1 + place for place in range(9)
-    ]
-    assert special.eos == special.pad - 1 == files.sizes.llm_vocab_size - 1
-    text = "a red circle left of a blue cross"
-    ids = files.processor.t2i_ids(text)
-    assert len(ids) == 3 + len(text.split()), "each word is one token"
-    assert files.processor.decode(ids) == text
