@@ -16,7 +16,6 @@ from corl_jax.config.shipped import find_config
 from corl_jax.errors import InputError
 from corl_jax.quickstart import command as quickstart
 from corl_jax.quickstart.command import Rise
-from corl_jax.quickstart.models import STARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -39,10 +38,9 @@ def test_rise_without_spread_or_with_one_step_a_quarter_has_no_error():
 
 
 def test_no_row_is_learnt_twice_and_enough_are_held_out(tmp_path):
-    for start in STARTS.values():
-        config = config_files.load(find_config(start.config))
-        assert config.train.max_steps * config.train.prompts_per_step == 1920
-        assert config.eval.rows >= 400
+    config = config_files.load(find_config(quickstart.CONFIG))
+    assert config.train.max_steps * config.train.prompts_per_step == 1920
+    assert config.eval.rows >= 400
     work = quickstart.Work(tmp_path, ("train.max_steps=3",))
     commands = [" ".join(command) for _, command, _ in work.list_steps()]
     assert "--rows 96 --seed 21 --split train" in commands[1]
