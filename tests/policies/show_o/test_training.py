@@ -86,10 +86,13 @@ def test_it_resumes_to_the_bit(model, rows, tmp_path, one_device):
         assert [line.get(name) for line in whole] == [line.get(name) for line in halves]
 
 
-@pytest.mark.parametrize("stage", ["sft", pytest.param("self_sft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage",
+    ["sft", *(pytest.param(x, marks=pytest.mark.slow) for x in ("self_sft", "self_sft_through"))],
+)
 def test_supervised_stages_hide_codes_of_given_images(model, rows, tmp_path, one_device, stage):
     changes = {"stage": stage, "rewards": [], "rollout": {}, "algorithm": {}}
-    if stage == "self_sft":
+    if stage != "sft":
         changes["rewards"] = own_images(tmp_path)["rewards"]
     lines = run(
         model, rows, tmp_path / "run", optimizer={"learning_rate": 1e-2, "schedule": "constant"},
