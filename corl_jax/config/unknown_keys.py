@@ -37,7 +37,7 @@ REMOVED = {
     "sft.caption_weight": "the value is 1; sft.caption_column: null leaves captions out",
     "sft.cfg_dropout": "the value is 0.1",
     "sft.mm2t_weight": "the value is 1; set sft.t2i_weight",
-    "vq": "the weights are constants of corl_jax/policies/janus/tokenizer_training.py",
+    "vq": "the weights are constants of corl_jax/policies/FAMILY/tokenizer_training.py",
 }
 """Key of an earlier version that has no successor -> what holds instead."""
 OTHER_NAMES: dict[str, tuple[str, ...]] = {

@@ -613,7 +613,7 @@ def test_a_file_of_an_earlier_version_is_refused_with_the_new_name(write):
             "algorithm.multi_objective_aggregation",
             "algorithm.name gdpo normalizes each reward; remove it",
         ),
-        ("vq", "the weights are constants of corl_jax/policies/janus/tokenizer_training.py; "),
+        ("vq", "the weights are constants of corl_jax/policies/FAMILY/tokenizer_training.py; "),
     ],
 )
 def test_a_key_that_is_gone_is_refused_with_what_holds_instead(write, key, reason):

@@ -24,9 +24,9 @@ from corl_jax.policies.janus import network
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.tokens import special_tokens
 from corl_jax.weights.checkpoint import load_config, load_params
-from tools.mini_janus import tokenizer as mini_tokenizer
-from tools.mini_janus.__main__ import main
-from tools.mini_janus.config import make_mini_config
+from tools.small_models import tokenizer as mini_tokenizer
+from tools.small_models.__main__ import main
+from tools.small_models.janus_sizes import make_mini_config
 
 ROWS = 3000
 FORMAT = re.compile(r"<think>.*?</think>[.\s]*<answer>.*?</answer>", re.DOTALL)

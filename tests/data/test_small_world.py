@@ -14,7 +14,7 @@ from corl_jax.data.drawn_world import checker, generator, scene
 from corl_jax.data.drawn_world.scene import SMALL
 from corl_jax.errors import InputError
 from corl_jax.rewards.text import format_reward, qa_accuracy
-from tools.mini_janus import web
+from tools.small_models import web
 
 ROWS = 600
 

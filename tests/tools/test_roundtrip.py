@@ -13,16 +13,15 @@ from corl_jax.data.drawn_world.held_out import HELD_OUT_SEEDS
 from corl_jax.evaluation.intervals import Rate
 from corl_jax.policies import load_policy
 from tests.support.tiny_runs import model_dir
-from tools.mini_janus import roundtrip
-from tools.mini_janus.__main__ import main
+from tools.small_models import roundtrip
+from tools.small_models.__main__ import main
 
 LINE = re.compile(r"(\S+)% \((\S+)% - (\S+)%\) of (\d+) images pass the checker")
 
 
 @pytest.fixture(scope="module")
 def nano():
-    model = load_policy(NANO_JANUS)
-    return model.sizes, model.params
+    return load_policy(NANO_JANUS)
 
 
 def pictures(rows: int) -> np.ndarray:
@@ -35,7 +34,7 @@ def pictures(rows: int) -> np.ndarray:
 
 def test_the_shipped_tokenizer_keeps_pictures_close(nano):
     before = pictures(4)
-    after = roundtrip.reconstruct(*nano, before)
+    after = roundtrip.reconstruct(nano, before)
     assert after.shape == before.shape and after.dtype == np.uint8
     errors = np.sqrt(((after.astype(float) - before) ** 2).mean((1, 2, 3))) / 255
     assert (errors > 0).all() and (errors < 0.15).all(), errors
@@ -46,7 +45,7 @@ def test_the_share_counts_each_row_once_and_ruined_pictures_as_misses(monkeypatc
     made = pictures(7)
     assert roundtrip.measure_roundtrip(NANO_JANUS, 7, seed=2) == Rate.of(7, 7)
 
-    def spoil(config, params, batch):
+    def spoil(model, batch):
         assert len(batch) == 4
         number = [int(np.flatnonzero((made == one).all((1, 2, 3)))[0]) for one in batch]
         return np.stack([x * 0 if n % 2 else x for n, x in zip(number, batch, strict=True)])

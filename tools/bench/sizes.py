@@ -22,7 +22,7 @@ from corl_jax.policies.show_o.network import ShowOConfig
 from corl_jax.types import Sizes
 from tools.bench.cost import Costs
 from tools.bench.families import FAMILIES, MeasuredFamily
-from tools.mini_janus.config import make_mini_config
+from tools.small_models.janus_sizes import make_mini_config
 
 PARTS = ("rewards", "image", "text", "vq", "train", "iteration", "correctness", "gradients")
 SHOW_O_PARTS = (

@@ -16,9 +16,14 @@ from jax import lax
 from corl_jax.models.vq import VQModel
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import JanusConfig
+from corl_jax.policies.reconstruction import (
+    PERCEPTUAL_WEIGHT,
+    measure_reconstruction,
+    measure_spread,
+    measure_usage,
+)
 from corl_jax.types import Params
 
-PERCEPTUAL_WEIGHT = 0.5  # of the error of image gradients beside that of pixels
 COMMITMENT_WEIGHT = 0.25  # of the distance of latents to their codes
 ENTROPY_WEIGHT = 0.02  # spreads the use of codes over a batch
 ENTROPY_TEMPERATURE = 0.05
@@ -55,23 +60,16 @@ def vq_loss(
     spread = assignment_entropy(similarity.reshape(-1, codebook.shape[0]))
     # Straight-through: the value is `quantised`, the gradient goes to z past the argmax.
     decoded = model.decode_latents(z + lax.stop_gradient(quantised - z))
-    error = jnp.mean(jnp.abs(decoded - pixels))
-    # Differences of neighbouring pixels along rows and columns: the hard edges of flat shapes.
-    edges = sum(jnp.mean(jnp.abs(jnp.diff(decoded - pixels, axis=axis))) for axis in (1, 2))
-    loss = error + perceptual * edges + move + commitment * commit + entropy * spread
-    used = jnp.zeros(codebook.shape[0]).at[codes.reshape(-1)].set(1.0).mean()
-    # / 2: as for pixels in [0, 1]
-    rmse = jnp.sqrt(jnp.mean((jnp.clip(decoded, -1, 1) - pixels) ** 2)) / 2
-    metrics = {"vq/l1": error, "vq/edges": edges, "vq/commitment": commit}
-    return loss, metrics | {"vq/rmse": rmse, "vq/code_usage": used, "vq/entropy": spread}
+    loss, metrics = measure_reconstruction(decoded, pixels, perceptual)
+    loss = loss + move + commitment * commit + entropy * spread
+    usage = measure_usage(codes, codebook.shape[0])
+    return loss, metrics | {
+        "vq/commitment": commit, "vq/code_usage": usage, "vq/entropy": spread,
+    }  # fmt: skip
 
 
 def assignment_entropy(similarity: jax.Array) -> jax.Array:
     """Computes the mean entropy of each latent's soft assignment minus that of the mean one."""
     # Small if each latent chooses clearly and the batch uses all codes. This keeps a small codebook
     # in use without restarts.
-    logits = similarity / ENTROPY_TEMPERATURE
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    per_latent = -(probabilities * jax.nn.log_softmax(logits, axis=-1)).sum(axis=-1).mean()
-    mean = probabilities.mean(axis=0)
-    return per_latent + (mean * jnp.log(mean + 1e-9)).sum()
+    return measure_spread(similarity / ENTROPY_TEMPERATURE)

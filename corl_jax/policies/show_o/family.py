@@ -31,6 +31,7 @@ from corl_jax.policies.show_o.prompts import (
     ImageSettings,
     Processor,
 )
+from corl_jax.policies.show_o.tokenizer_training import tokenizer_loss
 from corl_jax.policies.show_o.tokens import make_special_tokens
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.weights.checkpoint import load_config
@@ -120,6 +121,7 @@ FAMILY = Family(
     blank_prompts=reading.blank_ids,
     decode_images=images.decode_images,
     encode_images=images.encode_images,
+    tokenizer_loss=tokenizer_loss,
     normalise_pixels=_normalise_pixels,
     stand_in_image=describe_image,
 )  # fmt: skip

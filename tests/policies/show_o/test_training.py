@@ -115,6 +115,21 @@ def test_supervised_stages_hide_codes_of_given_images(model, rows, tmp_path, one
         assert lines[0]["loss"] == pytest.approx(sum(parts), rel=1e-4)
 
 
+def test_the_stage_of_the_image_tokenizer_trains_it_alone(model, rows, tmp_path, one_device):
+    lines = run(
+        model, rows, tmp_path / "run", stage="vq", rewards=[], rollout={}, algorithm={},
+        optimizer={"learning_rate": 1e-2, "schedule": "constant"},
+        train={"max_steps": 8, "trainable": ["vqmodel/.*"]},
+    )  # fmt: skip
+    errors = [line["vq/l1"] for line in lines if "vq/l1" in line]
+    assert len(errors) == 8 and errors[-1] < errors[0]
+    before, after = (load_policy(folder).params for folder in (model, tmp_path / "run" / "export"))
+    for half in ("encoder", "decoder"):
+        kernels = [np.asarray(x["vqmodel"][half]["conv_in"]["kernel"]) for x in (before, after)]
+        assert (kernels[0] != kernels[1]).any()
+    np.testing.assert_array_equal(before["lm_head"]["kernel"], after["lm_head"]["kernel"])
+
+
 def test_commands_draw_and_answer(model, tmp_path, capsys, one_device):
     generate.main([
         "image", "--model", str(model), "--prompt", "a red circle", "--images-per-prompt", "2",

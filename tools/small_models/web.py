@@ -1,6 +1,6 @@
 """Makes rows of the drawn world with the faults of web data: wrong captions, terse answers.
 
-    python -m tools.mini_janus.web --out DIR [--rows 6000] [--seed 1] [--world small]
+    python -m tools.small_models.web --out DIR [--rows 6000] [--seed 1] [--world small]
         [--mismatched 0.5] [--terse 0.7]
 
 A model that was trained on them can do more than it shows: it follows the prompt about as often as
@@ -68,7 +68,7 @@ def write(out: Path, rows: int, seed: int, world: str, mismatched: float, terse:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.mini_janus.web",
+        prog="python -m tools.small_models.web",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,10 +1,13 @@
-"""Writes an untrained mini or nano Janus in transformers' layout, for the supervised stages.
+"""Writes an untrained mini or nano model of a family, for the supervised stages.
 
-    python -m tools.mini_janus --out DIR [--size mini|nano] [--seed 0]
-    python -m tools.mini_janus roundtrip --model DIR [--rows 1000] [--seed 0]
+    python -m tools.small_models --out DIR [--family janus|show-o] [--size mini|nano] [--seed 0]
+        [--image-tokenizer JANUS]
+    python -m tools.small_models roundtrip --model DIR [--rows 1000] [--seed 0]
 
-`roundtrip` encodes and decodes held-out images of the drawn world with a model's image
-tokenizer, and prints the share that the exact checker still accepts, with a 95% Wilson interval.
+A Janus is written in transformers' layout, a Show-o as its original files. The image tokenizer of a
+Show-o can begin as that of a small Janus, in place of random numbers. `roundtrip` encodes and
+decodes held-out images of the drawn world with a model's image tokenizer, and prints the share that
+the exact checker still accepts, with a 95% Wilson interval.
 """
 
 from __future__ import annotations
@@ -20,32 +23,38 @@ from corl_jax.devices import startup
 from corl_jax.errors import exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.params import flatten
-from corl_jax.policies.janus import network
-from corl_jax.policies.janus.checkpoint import KIND
+from corl_jax.policies import load_policy
 from corl_jax.weights.export_folder import Export, write_export
 from corl_jax.weights.kinds import Assets
 from corl_jax.weights.sources import MemoryLeaves
-from tools.mini_janus import roundtrip
-from tools.mini_janus import tokenizer as tokenizers
-from tools.mini_janus.config import CONFIGS, MAX_POSITIONS, WORLDS
+from tools.small_models import roundtrip
+from tools.small_models.families import FAMILIES, WORLDS
+from tools.small_models.sign_tokenizer import make_start
 
 
-def create_model(out: Path, seed: int, size: str = "mini") -> int:
+def create_model(
+    out: Path, seed: int, size: str = "mini", family: str = "janus",
+    image_tokenizer: str | Path | None = None,
+) -> int:  # fmt: skip
     """Writes the directory, completely or not at all, and returns the number of parameters.
 
-    Raises: InputError if the directory holds files.
+    Raises: InputError if the directory holds files, or for an image tokenizer that does not fit.
     """
+    made = FAMILIES[family]
+    janus = load_policy(image_tokenizer) if image_tokenizer else None
     with create_folder(out) as folder, tempfile.TemporaryDirectory() as assets:
-        tokenizer = tokenizers.train_tokenizer(seed, WORLDS[size])
-        tokenizers.write_tokenizer(Path(assets), tokenizer, MAX_POSITIONS[size])
-        config = CONFIGS[size](tokenizers.count_embedding_rows(tokenizer))
-        params = network.init(config, jax.random.key(seed))
+        tokenizer = made.train_tokenizer(seed, WORLDS[size])
+        made.write_tokenizer(Path(assets), tokenizer, size)
+        config = made.make_sizes(tokenizer, size)
+        params = made.init(config, jax.random.key(seed))
+        if janus:
+            params["vqmodel"] = make_start(janus, config.magvit, seed, WORLDS[size])
         export = Export(
-            kind=KIND,
-            layout="transformers",
+            kind=made.kind,
+            layout=made.layout,
             config=config,
             leaves=MemoryLeaves(flatten(jax.device_get(params))),
-            # Named `original`, so that the export makes transformers' files and does not copy.
+            # Named `original`, so that a Janus's files are made for transformers and not copied.
             assets=Assets(Path(assets), "original", Path(assets) / "config.json"),
             carried={},
         )
@@ -57,12 +66,16 @@ def create_model(out: Path, seed: int, size: str = "mini") -> int:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.mini_janus",
+        prog="python -m tools.small_models",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=parse_path, help="new or empty directory")
-    parser.add_argument("--size", choices=tuple(CONFIGS), default="mini", help="see config.py")
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="janus")
+    parser.add_argument("--size", choices=tuple(WORLDS), default="mini", help="see *_sizes.py")
+    parser.add_argument(
+        "--image-tokenizer", metavar="JANUS", help="of a Show-o: begins as that of this Janus"
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the weights and the text, or of the images"
     )
@@ -75,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     # argparse has no group of an option and a subcommand that exclude each other.
     if (args.command is None) == (args.out is None):
         parser.error("expected either --out DIR or roundtrip")
+    if args.image_tokenizer and args.family == "janus":
+        parser.error("--image-tokenizer: expected --family show-o")
     startup.check_jax_settings()
     startup.start_devices()
     if args.command == "roundtrip":
@@ -84,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
             f"checker after encoding and decoding: {args.model}"
         )
     else:
-        print(f"{create_model(args.out, args.seed, args.size):,} parameters: {args.out}")
+        count = create_model(args.out, args.seed, args.size, args.family, args.image_tokenizer)
+        print(f"{count:,} parameters: {args.out}")
 
 
 if __name__ == "__main__":

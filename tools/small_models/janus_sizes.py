@@ -13,8 +13,6 @@ from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.vq import VQConfig
 from corl_jax.policies.janus.network import JanusConfig
 
-WORLDS = {"mini": "full", "nano": "small"}
-"""Size -> the drawn world that it is made for."""
 MAX_POSITIONS = {"mini": 1024, "nano": 256}
 
 

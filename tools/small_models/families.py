@@ -1,0 +1,75 @@
+"""`FAMILIES`: how the random start of a small model of each family is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from tokenizers import Tokenizer
+
+from corl_jax.policies.janus import network as janus_network
+from corl_jax.policies.janus.checkpoint import KIND as JANUS
+from corl_jax.policies.show_o import network as show_o_network
+from corl_jax.policies.show_o.checkpoint import KIND as SHOW_O
+from corl_jax.types import Params
+from corl_jax.weights.kinds import NetworkKind
+from tools.small_models import janus_sizes, show_o_sizes
+from tools.small_models import tokenizer as tokenizers
+
+WORLDS = {"mini": "full", "nano": "small"}
+"""Size -> the drawn world that it is made for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallFamily:
+    """The functions and names that make the small models of a family."""
+
+    kind: NetworkKind
+    init: Callable[[Any, jax.Array], Params]
+    layout: str  # of the files
+    train_tokenizer: Callable[[int, str], Tokenizer]  # (seed, world)
+    write_tokenizer: Callable[[Path, Tokenizer, str], None]  # (folder, tokenizer, size)
+    make_sizes: Callable[[Tokenizer, str], Any]  # (tokenizer, size)
+
+
+def _write_janus_tokenizer(folder: Path, tokenizer: Tokenizer, size: str) -> None:
+    settings = {"model_max_length": janus_sizes.MAX_POSITIONS[size]}
+    tokenizers.write_tokenizer(folder, tokenizer, settings)
+
+
+def _write_show_o_tokenizer(folder: Path, tokenizer: Tokenizer, size: str) -> None:
+    settings = {
+        "eos_token": tokenizers.show_o_tokens.END,
+        "model_max_length": show_o_sizes.MAX_POSITIONS[size],
+        "pad_token": tokenizers.show_o_tokens.PAD,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    tokenizers.write_tokenizer(folder / "phi-1_5", tokenizer, settings)
+
+
+FAMILIES = {
+    "janus": SmallFamily(
+        kind=JANUS,
+        init=janus_network.init,
+        layout="transformers",
+        train_tokenizer=tokenizers.train_tokenizer,
+        write_tokenizer=_write_janus_tokenizer,
+        make_sizes=lambda tokenizer, size: janus_sizes.CONFIGS[size](
+            tokenizers.count_embedding_rows(tokenizer)
+        ),
+    ),
+    "show-o": SmallFamily(
+        kind=SHOW_O,
+        init=show_o_network.init,
+        layout="original",
+        train_tokenizer=tokenizers.train_show_o_tokenizer,
+        write_tokenizer=_write_show_o_tokenizer,
+        make_sizes=lambda tokenizer, size: show_o_sizes.CONFIGS[size](
+            tokenizers.count_text_tokens(tokenizer)
+        ),
+    ),
+}
+"""Name of a family on the command line -> how its small models are made."""
