@@ -147,7 +147,7 @@ class LogprobOptions:
     unmasking: Unmasking = Unmasking()  # codes in any order
     # Completions of data instead of samples: an image code competes with all tokens that share its
     # vocabulary, as in the training of a base model.
-    given: bool = False
+    is_given: bool = False
     released: bool = False  # given completions: also the terms that a model's own code has
 
 

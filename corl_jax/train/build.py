@@ -198,7 +198,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         straight_through=plan.stage.straight_through(config),
         image=plan.image,
         unmasking=choose_unmasking(plan),
-        given=not compares,
+        is_given=not compares,
         released=config.sft.released and not plan.stage.samples,
     )
     return UpdateOptions(

@@ -181,7 +181,7 @@ def compute_losses(pair, batch, *, released, micro_batches=1):
         loss=NEGATIVE_LOG_LIKELIHOOD,
         constants=LossConstants(),
         logprobs=LogprobOptions(
-            pair.processor.special, image=pair.processor.image, given=True, released=released,
+            pair.processor.special, image=pair.processor.image, is_given=True, released=released,
         ),
         weights=tuple(dict.fromkeys(batch, 1.0).items()), dtype=jnp.float32,
         micro_batches=micro_batches,

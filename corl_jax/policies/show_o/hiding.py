@@ -126,9 +126,9 @@ def _choose_tokens(prompts: EncodedPrompts, segment: Segment, options: LogprobOp
         return mask
     ids, lengths = move_padding_last(jnp.asarray(prompts.input_ids), options.special)
     image = options.image.num_tokens + FRONT
-    asked = jnp.arange(ids.shape[1] - image) < (lengths - image)[:, None]
-    asked = repeat_rows(asked, len(mask) // len(ids)) & mask.any(axis=-1, keepdims=True)
-    return jnp.concatenate([asked, mask], axis=1)
+    is_question = jnp.arange(ids.shape[1] - image) < (lengths - image)[:, None]
+    is_question = repeat_rows(is_question, len(mask) // len(ids)) & mask.any(axis=-1, keepdims=True)
+    return jnp.concatenate([is_question, mask], axis=1)
 
 
 def _get_keys(segment: Segment) -> jax.Array:

@@ -99,13 +99,13 @@ def score_code_states(
     image_logits = model.take_image_head()
 
     def logits_of(states: tuple[jax.Array, ...]) -> jax.Array:
-        if options.given:
+        if options.is_given:
             return model.text_logits(states[0])
         return compute_image_logits(image_logits, states, options.cfg_scale)[1]
 
     ids = frame_codes(codes, options.special)
-    given = ids if options.released else ids[:, 1:-1]
-    targets = given if options.given else codes
+    target_ids = ids if options.released else ids[:, 1:-1]
+    targets = target_ids if options.is_given else codes
     scores = chunked_logprobs(logits_of, states, targets, options.temperature, options.chunk)
     logprobs, entropies = (jnp.where(scored, x, 0.0) for x in scores)
     return logprobs, entropies
@@ -129,8 +129,8 @@ def text_logprobs(
     # Each completion reads the question again, which is short beside the image. The answer follows
     # its last real token, and its own last token is not read:
     # question [a, b, x], answer [c, d, e] -> places [0, 1, 3, 4, ..] of [a, b, x, c, d]
-    asked = repeat_rows(ids[:, image:], group_size)
-    source = jnp.concatenate([asked, tokens[:, :-1]], axis=1)
+    question_ids = repeat_rows(ids[:, image:], group_size)
+    source = jnp.concatenate([question_ids, tokens[:, :-1]], axis=1)
     questions = repeat_rows(lengths - image, group_size)[:, None]
     places = jnp.arange(source.shape[1])
     places = jnp.where(places < questions, places, places + ids.shape[1] - image - questions)
@@ -147,8 +147,8 @@ def text_logprobs(
     if options.released:
         # That of eoi scores the first token of the question.
         first = repeat_rows(before[:, -1:], group_size)
-        states = jnp.concatenate([first, hidden[:, : asked.shape[1] - 1], states], axis=1)
-        tokens = jnp.concatenate([asked, tokens], axis=1)
+        states = jnp.concatenate([first, hidden[:, : question_ids.shape[1] - 1], states], axis=1)
+        tokens = jnp.concatenate([question_ids, tokens], axis=1)
     return chunked_logprobs(model.text_logits, states, tokens, options.temperature, options.chunk)
 
 
