@@ -183,7 +183,8 @@ def test_empty_list_of_rewards_is_no_reward(write):
 
 NO_PATHS = {
     "sft.tasks", "data.name", "data.split", "data.revision", "eval.split",
-    "rewards.name", "sft.caption_column", "sft.text_column", "train.trainable", "lora.targets", "algorithm.name",
+    "rewards.name", "sft.caption_column", "sft.text_column", "train.trainable", "lora.targets",
+    "algorithm.name",
     "algorithm.tasks", "eval.suite", "eval.suites.suite", "eval.suites.name",
     "distributed.coordinator_address",
 }  # fmt: skip
