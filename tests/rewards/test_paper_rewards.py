@@ -111,7 +111,7 @@ def test_every_reward_is_scored_timed_and_learnt_from(straight):
     assert {f"eval/{name}" for name in NAMES} <= evaluated.keys()
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_offloading_and_devices_change_no_reward(tree, straight, tmp_path, devices, monkeypatch):
     make = functools.partial(make_mesh, devices=jax.devices()[:devices])
     monkeypatch.setattr(resolve, "make_mesh", make)

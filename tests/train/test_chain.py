@@ -131,6 +131,7 @@ def test_python_runs_stages_too(run, tree):
     assert (result.output_dir, result.steps, result.export) == (run / "rl", 2, run / "rl/export")
 
 
+@pytest.mark.slow
 def test_a_stopped_stage_goes_on_and_ends_as_without_the_stop(run, tree, tmp_path, capsys):
     tree = tree | {"output_dir": str(tmp_path / "halves")}
     train(tree, "stages.sft.train.stop_after=1")
