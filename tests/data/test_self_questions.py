@@ -15,11 +15,11 @@ from corl_jax.data import __main__ as data_command
 from corl_jax.data.column_values import find_value_problem
 from corl_jax.data.drawn_world import checker
 from corl_jax.data.drawn_world import generator as drawn_world
+from corl_jax.data.geneval_demands import CLASSES
 from corl_jax.data.loader_options import LoaderOptions
 from corl_jax.data.self_questions.generator import make_generated_record, write_records
 from corl_jax.data.self_questions.known import KNOWN_OBJECTS
 from corl_jax.data.self_questions.objects import (
-    COCO_OBJECTS,
     COLORS,
     OWN_OBJECTS,
     PLURALS,
@@ -92,7 +92,7 @@ def test_counting_forbids_one_object_more():
 
 
 def test_the_list_has_160_objects_with_plurals():
-    assert len(COCO_OBJECTS) == len(OWN_OBJECTS) == 80 and len(PLURALS) == 160
+    assert len(CLASSES) == len(OWN_OBJECTS) == 80 and len(PLURALS) == 160
     for noun, plural in (
         ("person", "people"), ("knife", "knives"), ("bus", "buses"), ("bench", "benches"),
         ("sheep", "sheep"), ("scissors", "scissors"), ("computer mouse", "computer mice"),
@@ -101,7 +101,7 @@ def test_the_list_has_160_objects_with_plurals():
     ):  # fmt: skip
         assert PLURALS[noun] == plural
     words = {word for noun in OWN_OBJECTS for word in noun.split()}
-    assert not words & {*COLORS, *COCO_OBJECTS}
+    assert not words & {*COLORS, *CLASSES}
     assert (form_geneval_plural("bench"), form_geneval_plural("bus")) == ("benchs", "buses")
     assert (add_article("oven"), add_article("hair drier")) == ("an oven", "a hair drier")
 

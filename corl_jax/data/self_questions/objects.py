@@ -4,19 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-COCO_OBJECTS = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
-    "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog",
-    "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella",
-    "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
-    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange",
-    "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant",
-    "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote",
-    "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator",
-    "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
-"""COCO's 80 classes by GenEval's names."""
+from corl_jax.data.geneval_demands import CLASSES
 
 OWN_OBJECTS = (
     "anchor", "axe", "balloon", "barrel", "basket", "bee", "broom", "bucket", "butterfly",
@@ -32,7 +20,7 @@ OWN_OBJECTS = (
 )  # fmt: skip
 """80 countable things that are neither one of COCO's classes nor a kind of one."""
 
-OBJECTS = COCO_OBJECTS + OWN_OBJECTS
+OBJECTS = CLASSES + OWN_OBJECTS
 COLORS = (
     "black", "blue", "brown", "green", "orange", "pink", "purple", "red", "white", "yellow",
 )  # fmt: skip
