@@ -35,6 +35,7 @@ from corl_jax.policies.janus.tokens import (
     read_tokenizer,
     special_tokens,
 )
+from corl_jax.policies.padding import pad_on_the_left
 from corl_jax.types import EncodedPrompts
 from corl_jax.weights.storage import read_json
 
@@ -199,25 +200,11 @@ class Processor:
 
     def pad(self, rows: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts:
         """Left-pads rows of ids to `length`, or to the bucket of the longest row."""
-        # A prompt that is too long is an error, not cut: a cut on the left, as in the released
-        # code, loses BOS or image tokens (Q15).
         if not rows:
             raise InputError("found no prompts; expected at least one")
         if length is None:
             length = self.bucket(max(map(len, rows)))
-        problems = [
-            f"prompt {i}: found {len(row)} tokens (image tokens counted); expected at most {length}"
-            for i, row in enumerate(rows)
-            if len(row) > length
-        ]
-        if problems:
-            raise InputError(problems)
-        input_ids = np.full((len(rows), length), self.special.pad, np.int32)
-        attention_mask = np.zeros((len(rows), length), bool)
-        for i, row in enumerate(rows):
-            input_ids[i, length - len(row) :] = row
-            attention_mask[i, length - len(row) :] = True
-        return EncodedPrompts(input_ids, attention_mask)
+        return pad_on_the_left(rows, length, self.special.pad)
 
     def caption_prompt(self, caption: str, fixed_spans: bool = False) -> CaptionPrompt:
         """Returns the question prompt of a caption, and which of its tokens belong to the caption.

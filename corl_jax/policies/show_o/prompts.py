@@ -20,6 +20,7 @@ from PIL import Image
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
+from corl_jax.policies.padding import pad_on_the_left
 from corl_jax.policies.show_o.tokens import CONTROLS, PAD, SpecialTokens, load_tokenizer
 from corl_jax.types import EncodedPrompts
 
@@ -175,18 +176,7 @@ class Processor:
             raise InputError("found no prompts; expected at least one")
         if length is None:
             length = self.bucket(max(map(len, ids)))
-        problems = [
-            f"prompt {i}: found {len(row)} tokens (image tokens counted); expected at most {length}"
-            for i, row in enumerate(ids)
-            if len(row) > length
-        ]
-        if problems:
-            raise InputError(problems)
-        input_ids = np.full((len(ids), length), self.special.pad, np.int32)
-        for i, row in enumerate(ids):
-            input_ids[i, length - len(row) :] = row
-        # No text can contain the padding token.
-        return EncodedPrompts(input_ids, input_ids != self.special.pad)
+        return pad_on_the_left(ids, length, self.special.pad)
 
     def bucket(self, length: int) -> int:
         """Returns the padded length of a prompt: the next multiple of `bucket_size`."""
