@@ -11,8 +11,12 @@ from collections.abc import Sequence
 
 from corl_jax.nearest import suggest_name
 
-TEXT, CODES = "text", "codes"
-"""Kinds of segments: text tokens, and codes of an image tokenizer."""
+TEXT, CODES, LATENTS = "text", "codes", "latents"
+"""Kinds of segments: text tokens, codes of an image tokenizer, and denoising steps of an image.
+
+Turns name the choices of an image CODES. A family whose images are made by denoising returns a
+segment of LATENTS for it.
+"""
 
 TurnKinds = tuple[tuple[str, ...], ...]
 """The kinds of the segments of each turn, by which a family finds the program of a task."""

@@ -51,6 +51,8 @@ class LossInputs:
     # [N, T], as the sampler recorded them; read for `importance_cap` alone
     sampler_logprobs: jax.Array | None = None
     weights: jax.Array | None = None  # [N, T], factors of the tokens' losses; None: all 1
+    # [N, T], exact KL divergences from the reference, with gradient; None: estimated
+    kl: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,14 +197,14 @@ def reduce_policy_loss(
     min(exp(old - sampler), importance_cap) with such a cap.
     Returns (sum, count, metrics); sum / count is the loss. See `count_terms` for the reductions.
     Metrics are (sum, number of tokens): `clip_ratio/low_mean`, `clip_ratio/high_mean`,
-    `clip_ratio/region_mean`; `kl` (k3) with a reference; `entropy` with entropies.
+    `clip_ratio/region_mean`; `kl` (exact or k3) with a reference; `entropy` with entropies.
 
     Raises:
         ValueError: kl_coef is not 0 and there is no reference, or there is a cap and no sampler.
 
     Source: arXiv 2505.17534 eq. 2 for the KL term; metric names of TRL.
     """
-    if inputs.ref_logprobs is None and constants.kl_coef != 0:
+    if inputs.ref_logprobs is None and inputs.kl is None and constants.kl_coef != 0:
         raise ValueError(f"kl_coef {constants.kl_coef} needs ref_logprobs, and none were given")
     assert inputs.advantages is not None
     mask = jnp.asarray(inputs.mask, bool)
@@ -221,7 +223,12 @@ def reduce_policy_loss(
         metrics |= measure_clipping(
             ratio, advantages, mask, constants.clip_low, constants.clip_high
         )
-    if inputs.ref_logprobs is not None:  # the KL term of eq. 2, which eq. 6 does not have
+    if inputs.kl is not None:
+        kl = jnp.where(mask, inputs.kl, 0.0)
+        if constants.kl_coef:
+            per_token = per_token + constants.kl_coef * kl
+        metrics["kl"] = sum_over_tokens(kl, mask)
+    elif inputs.ref_logprobs is not None:  # the KL term of eq. 2, which eq. 6 does not have
         ref_logprobs = jax.lax.stop_gradient(jnp.where(mask, inputs.ref_logprobs, 0.0))
         kl = estimate_kl(logprobs, ref_logprobs, constants.kl_estimator)
         if constants.kl_coef:

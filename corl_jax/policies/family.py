@@ -153,11 +153,14 @@ class LogprobOptions:
 
 Sample = Callable[[Sizes, Params, EncodedPrompts, jax.Array, SamplingOptions], tuple[Segment, ...]]
 """(sizes, params, B prompts, N keys, options) -> the segments of all turns, each of N rows."""
+Scores = tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, jax.Array]
+"""(log-probs, entropies) [N, T] of a segment; of latents also the velocities [N, T, ...]."""
 Logprobs = Callable[
-    [Sizes, Params, EncodedPrompts, tuple[Segment, ...], LogprobOptions],
-    tuple[tuple[jax.Array, jax.Array], ...],
+    [Sizes, Params, EncodedPrompts, tuple[Segment, ...], LogprobOptions], tuple[Scores, ...]
 ]
-"""(sizes, params, B prompts, segments, options) -> each segment's (log-probs, entropies) [N, T]."""
+"""(sizes, params, B prompts, segments, options) -> the scores of each segment."""
+MeasureKl = Callable[[Segment, jax.Array, jax.Array, LogprobOptions], jax.Array]
+"""(latents, velocities, the reference's velocities, options) -> KL divergences [N, T]."""
 ChooseScored = Callable[
     [EncodedPrompts, tuple[Segment, ...], LogprobOptions], tuple[jax.Array, ...]
 ]
@@ -177,6 +180,9 @@ class TurnProgram:
     # None: all choices are scored, and nothing else. Choices that are not scored have log-prob and
     # entropy 0, and are in no loss.
     choose_scored: ChooseScored | None = None
+    # Of latents, whose divergence from the reference is known exactly; None: it is estimated from
+    # log-probs.
+    measure_kl: MeasureKl | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,6 +71,9 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         iterate=plan.stage.iterate,
         train_step=train_step,
         logprob_step=logprob_step,
+        velocity_step=make_logprob_step(
+            plan.family, plan.sizes, make_update_options(plan), velocities=True
+        ),
         samplers=make_samplers(plan),
         greedy_samplers=make_samplers(plan, greedy_last=True) if uses_greedy(plan) else None,
         rewards=plan.rewards,

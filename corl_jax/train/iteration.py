@@ -30,8 +30,8 @@ from corl_jax.params import merge
 from corl_jax.policies.turns import decode_segment, sample_turn
 from corl_jax.rewards.registry import Context, Samples, score_and_measure
 from corl_jax.tasks import (
-    CODES,
     IMAGES,
+    LATENTS,
     PLAN_COLUMN,
     TASKS,
     TEXT,
@@ -183,7 +183,7 @@ def decode(run: Run, task: str, params: Params, prompts: Prompts, rollout: Rollo
         model = run.family, run.sizes, params, run.processor
         for plan in plans:
             columns[PLAN_COLUMN] = decode_segment(*model, plan)
-        results[IMAGES if segment.kind == CODES else TEXTS] = decode_segment(*model, segment)
+        results[TEXTS if segment.kind == TEXT else IMAGES] = decode_segment(*model, segment)
         if segment.kind == TEXT:
             results["num_tokens"] = to_host_rows(segment.mask).sum(axis=-1)
     return Samples(columns, **results)
@@ -271,9 +271,15 @@ def make_batch(run: Run, state: TrainState, rollouts: Mapping[str, Rollout]) -> 
     if run.reference is not None or run.moving is not None:
         # Without the log-probs, so that both calls are of one program.
         scored = {t: dataclasses.replace(b, old_logprobs=None) for t, b in batch.items()}
+        latents = {t: b for t, b in scored.items() if LATENTS in b.kinds}
+        tokens = {t: b for t, b in scored.items() if set(b.kinds) != {LATENTS}}
         with use_reference(run, state) as reference:
-            ref = run.logprob_step(reference, run.frozen, scored)
-        batch = {t: dataclasses.replace(b, ref_logprobs=ref[t]) for t, b in batch.items()}
+            ref = run.logprob_step(reference, run.frozen, tokens) if tokens else {}
+            velocities = run.velocity_step(reference, run.frozen, latents) if latents else {}
+        batch = {
+            t: dataclasses.replace(b, ref_logprobs=ref.get(t), ref_velocities=velocities.get(t))
+            for t, b in batch.items()
+        }
     return batch
 
 

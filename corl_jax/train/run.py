@@ -48,6 +48,7 @@ class Run:
     iterate: Callable  # (run, state, prompts, step) -> (state, Iteration)
     train_step: Callable
     logprob_step: Callable
+    velocity_step: Callable  # the same for the velocities of latents
     samplers: dict[str, Sampler]  # by task
     # The same, but the last completion of each prompt is greedy; None if no baseline needs it.
     greedy_samplers: dict[str, Sampler] | None

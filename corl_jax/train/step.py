@@ -28,7 +28,7 @@ from corl_jax.algorithms.ratios import logprob_difference, measure_importance_ra
 from corl_jax.devices.mesh import constrain
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
-from corl_jax.policies.family import Family, LogprobOptions
+from corl_jax.policies.family import Family, LogprobOptions, MeasureKl, Scores
 from corl_jax.tasks import TurnKinds, name_segments
 from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
 
@@ -69,6 +69,8 @@ class TaskBatch:
     advantages: Array | None = None  # [N]; None in supervised training
     old_logprobs: tuple[Array, ...] | None = None  # of each segment; None: the policy itself
     ref_logprobs: tuple[Array, ...] | None = None  # None: no KL penalty
+    # Of each segment, None for tokens; None: the divergence is estimated from log-probs
+    ref_velocities: tuple[Array | None, ...] | None = None
     # The kinds of the segments of each turn; None: one turn has all segments.
     turns: TurnKinds | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -85,6 +87,8 @@ class TaskBatch:
 
 Batch = dict[str, TaskBatch]
 """By task name."""
+Scored = dict[str, tuple[Array | None, ...]]
+"""Log-probs or velocities of each segment, by task name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,24 +113,30 @@ class UpdateOptions:
 
 
 def make_loss_inputs(
-    task: TaskBatch,
-    outputs: tuple[tuple[jax.Array, jax.Array], ...],
-    selections: tuple[TokenSelection, ...] = (),
-) -> list[LossInputs]:
-    """Returns the loss inputs of each segment; `outputs` are its (log-probs, entropy)."""
+    task: TaskBatch, scores: tuple[Scores, ...], measure_kl: MeasureKl | None,
+    options: UpdateOptions,
+) -> list[LossInputs]:  # fmt: skip
+    """Returns the loss inputs of each segment with its scores."""
+    nothing = (None,) * len(task.segments)
     return [
         LossInputs(
             logprobs=logprobs,
             mask=segment.mask,
             advantages=task.advantages,
-            old_logprobs=task.old_logprobs[i] if task.old_logprobs is not None else None,
-            ref_logprobs=task.ref_logprobs[i] if task.ref_logprobs is not None else None,
+            old_logprobs=old,
+            ref_logprobs=ref,
+            kl=measure_kl(segment, *velocities, reference, options.logprobs)
+            if measure_kl is not None and reference is not None
+            else None,
             entropy=entropy,
             sampler_logprobs=segment.logprobs,
-            weights=weigh_tokens(segment, entropy, selections),
+            weights=weigh_tokens(segment, entropy, options.selections),
         )
-        for i, (segment, (logprobs, entropy)) in enumerate(zip(task.segments, outputs, strict=True))
-    ]
+        for segment, (logprobs, entropy, *velocities), old, ref, reference in zip(
+            task.segments, scores, task.old_logprobs or nothing, task.ref_logprobs or nothing,
+            task.ref_velocities or nothing, strict=True,
+        )
+    ]  # fmt: skip
 
 
 def weigh_tokens(
@@ -206,10 +216,9 @@ def gradients(
         params = family.cast(merge(trained, frozen), options.dtype)
         total, sums, extremes = jnp.float32(0), {}, ({}, {})
         for name, task in piece.items():
-            outputs = family.turns[task.turn_kinds].logprobs(
-                sizes, params, task.prompts, task.segments, options.logprobs
-            )
-            inputs = make_loss_inputs(task, outputs, options.selections)
+            program = family.turns[task.turn_kinds]
+            scores = program.logprobs(sizes, params, task.prompts, task.segments, options.logprobs)
+            inputs = make_loss_inputs(task, scores, program.measure_kl, options)
             for prefix, segment, of_segment, count in zip(
                 name_segments(name, task.kinds), task.segments, inputs, counts[name], strict=True
             ):
@@ -340,31 +349,33 @@ def make_train_step(
     return train_step
 
 
-def make_logprob_step(family: Family, sizes: Sizes, options: UpdateOptions) -> Callable:
+def make_logprob_step(
+    family: Family, sizes: Sizes, options: UpdateOptions, *, velocities: bool = False
+) -> Callable:
     """Returns the jitted (trained, frozen, batch) -> {task: log-probs [N, T] of each segment}.
 
-    It computes old log-probs before the first of several updates, and reference log-probs.
+    It computes old log-probs before the first of several updates, and reference log-probs. With
+    `velocities` it returns the velocities [N, T, ...] of latents, and None for other segments.
     """
 
+    def select(scores: Scores) -> Array | None:
+        logprobs, _, *of_latents = scores
+        return (of_latents[0] if of_latents else None) if velocities else logprobs
+
     @jax.jit
-    def logprob_step(
-        trained: Params, frozen: Params, batch: Batch
-    ) -> dict[str, tuple[jax.Array, ...]]:
+    def logprob_step(trained: Params, frozen: Params, batch: Batch) -> Scored:
         params = family.cast(merge(trained, frozen), options.dtype)
         # With adapters the reference has no trained parameters: it is the network without them.
         scored_sizes = sizes if trained else family.base(sizes)
 
-        def compute(piece: Batch) -> dict[str, tuple[jax.Array, ...]]:
+        def compute(piece: Batch) -> Scored:
             outputs = {
                 name: family.turns[task.turn_kinds].logprobs(
                     scored_sizes, params, task.prompts, task.segments, options.logprobs
                 )
                 for name, task in piece.items()
             }
-            return {
-                name: tuple(logprobs for logprobs, _ in segments)
-                for name, segments in outputs.items()
-            }
+            return {name: tuple(map(select, segments)) for name, segments in outputs.items()}
 
         pieces = options.micro_batches
         if pieces == 1:
@@ -374,17 +385,16 @@ def make_logprob_step(family: Family, sizes: Sizes, options: UpdateOptions) -> C
     return logprob_step
 
 
-def _undo_split(
-    logprobs: Mapping[str, tuple[jax.Array, ...]], batch: Batch, pieces: int
-) -> dict[str, tuple[jax.Array, ...]]:
-    """Undoes `split_batch` for arrays [pieces, rows / pieces, T]."""
+def _undo_split(scored: Scored, batch: Batch, pieces: int) -> Scored:
+    """Undoes `split_batch` for arrays [pieces, rows / pieces, T, ...]."""
 
     def join(x: jax.Array, prompts: int) -> jax.Array:
         # Two pieces, G = 1: [[l0, l2], [l1, l3]] -> [l0, l1, l2, l3].
-        x = x.reshape(pieces, prompts // pieces, -1, x.shape[-1]).swapaxes(0, 1)
-        return x.reshape(-1, x.shape[-1])
+        shape = x.shape[2:]
+        x = x.reshape(pieces, prompts // pieces, -1, *shape).swapaxes(0, 1)
+        return x.reshape(-1, *shape)
 
     return {
-        name: tuple(join(x, batch[name].prompts.input_ids.shape[0]) for x in segments)
-        for name, segments in logprobs.items()
+        name: jax.tree.map(lambda x: join(x, batch[name].prompts.input_ids.shape[0]), segments)  # noqa: B023
+        for name, segments in scored.items()
     }

@@ -184,6 +184,7 @@ def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
         train_loader=None, evaluations=(), steps=UPDATES, seed=0,
         image_side=setting.size.limits.image_side,
         iterate=rl_iteration.rl_iteration, train_step=step, logprob_step=step,
+        velocity_step=step,
         samplers=make_segment_samplers(setting), greedy_samplers=None, redraws=0,
         rewards=rewards, networks={},
         recipe=RECIPES["grpo"], advantage_options=comparison,
