@@ -15,10 +15,11 @@ from corl_jax.algorithms.losses import NEGATIVE_LOG_LIKELIHOOD, LossConstants
 from corl_jax.config import schema
 from corl_jax.data.images import fit_pixels
 from corl_jax.params import partition
+from corl_jax.policies.causal_answers import score_text
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.family import FAMILY
-from corl_jax.policies.janus.logprobs import image_logprobs, text_logprobs
+from corl_jax.policies.janus.logprobs import image_logprobs
 from corl_jax.policies.janus.prompts import Processor
 from corl_jax.policies.janus.tokenizer_training import assignment_entropy, vq_loss
 from corl_jax.train import sft, step
@@ -175,7 +176,7 @@ def test_the_loss_is_the_mean_over_tokens(tiny_config, params):
     @jax.jit
     def logprobs(params):
         model = network.bind(tiny_config, params)
-        functions = {"t2i": image_logprobs, "mm2t": text_logprobs, "caption": text_logprobs}
+        functions = {"t2i": image_logprobs, "mm2t": score_text, "caption": score_text}
         return {
             name: functions[name](model, part.prompts, part.segments[0].values, logprob_options)[0]
             for name, part in batch.items()

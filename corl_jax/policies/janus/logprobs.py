@@ -5,44 +5,17 @@ The logits of all tokens never exist at the same time; see `policies.chunked_log
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
+from corl_jax.policies.causal_answers import compute_scoring_states, score_text
 from corl_jax.policies.choices import guide
-from corl_jax.policies.chunked_logprobs import chunked_logprobs, repeat_rows
+from corl_jax.policies.chunked_logprobs import chunked_logprobs
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import Janus, JanusConfig
 from corl_jax.policies.janus.sampling import unconditional_ids
 from corl_jax.types import EncodedPrompts, Params, Segment
-
-
-def compute_scoring_states(
-    model: Janus, embeds: jax.Array, mask: jax.Array, completion: jax.Array, options: LogprobOptions
-) -> jax.Array:
-    """Computes the hidden states [N, T, D] whose logits score the completion tokens.
-
-    `embeds` [B, P, D] and `mask` [B, P] are those of the prompts; `completion` [N, T, D] are the
-    embedded tokens. Each prompt is read once, not once per completion.
-    """
-    # Tokens a, b, c after prompt p. Read: p, a, b; the states after them score a, b, c.
-    # `unshifted` (Q1): read p, a, b, c; the states after a, b, c score a, b, c, which is the error
-    # of the released code: these states predict the token that follows.
-    length = completion.shape[1]
-    read = completion if options.unshifted else completion[:, : length - 1]
-    group_size = len(completion) // len(embeds)
-    if not read.shape[1]:  # one token: the prompt's last state scores it
-        hidden = model.language_model(embeds, mask, remat=options.remat)
-        return repeat_rows(hidden[:, -1:], group_size)
-    prompts, states = model.language_model.after_prompts(
-        embeds, mask, read.astype(embeds.dtype), remat=options.remat, attention=options.attention
-    )
-    if options.unshifted:
-        return states
-    # Left padding: the last position of each prompt is a real token.
-    return jnp.concatenate([repeat_rows(prompts[:, -1:], group_size), states], axis=1)
 
 
 def image_logprobs(
@@ -64,7 +37,9 @@ def compute_code_states(
 
     def compute_states(input_ids: jax.Array) -> jax.Array:
         embeds = model.embed_text(input_ids)
-        return compute_scoring_states(model, embeds, prompts.attention_mask, completion, options)
+        return compute_scoring_states(
+            model.language_model, embeds, prompts.attention_mask, completion, options
+        )
 
     conditional = compute_states(prompts.input_ids)
     unconditional = None
@@ -95,21 +70,6 @@ def score_code_states(
     return chunked_logprobs(logits_of, hidden, tokens, options.temperature, options.chunk)
 
 
-def text_logprobs(
-    model: Janus, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions
-) -> tuple[jax.Array, jax.Array]:
-    """Computes (log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts."""
-    features = None
-    if prompts.pixel_values is not None:
-        features = model.image_features(prompts.pixel_values, remat=options.remat)
-    embeds = model.prompt_embeds(prompts.input_ids, options.special.image, features)
-    # The released code shifts texts correctly: Q1 is about images only.
-    options = dataclasses.replace(options, unshifted=False)
-    answers = model.embed_text(tokens)
-    hidden = compute_scoring_states(model, embeds, prompts.attention_mask, answers, options)
-    return chunked_logprobs(model.text_logits, hidden, tokens, options.temperature, options.chunk)
-
-
 def score_codes(
     sizes: JanusConfig, params: Params, prompts: EncodedPrompts, segments: tuple[Segment, ...],
     options: LogprobOptions,
@@ -123,6 +83,6 @@ def score_answers(
     sizes: JanusConfig, params: Params, prompts: EncodedPrompts, segments: tuple[Segment, ...],
     options: LogprobOptions,
 ) -> tuple[tuple[jax.Array, jax.Array], ...]:  # fmt: skip
-    """Scores the text of a turn; see `text_logprobs`."""
+    """Scores the text of a turn; see `score_text`."""
     (text,) = segments
-    return (text_logprobs(network.bind(sizes, params), prompts, text.values, options),)
+    return (score_text(network.bind(sizes, params), prompts, text.values, options),)

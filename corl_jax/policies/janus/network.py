@@ -23,7 +23,8 @@ from corl_jax.models.lora import Lora
 from corl_jax.models.siglip import Siglip, SiglipConfig
 from corl_jax.models.vq import VQConfig, VQModel
 from corl_jax.policies.janus.layout import FLOAT32_PARTS
-from corl_jax.types import Params
+from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.types import EncodedPrompts, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,14 @@ class Janus(nnx.Module):
         order = jnp.clip(jnp.cumsum(is_image, axis=-1) - 1, 0, image_features.shape[1] - 1)
         placed = jnp.take_along_axis(image_features, order[..., None], axis=1)
         return jnp.where(is_image[..., None], placed.astype(embeds.dtype), embeds)
+
+    def embed_question(
+        self, prompts: EncodedPrompts, special: SpecialTokens, *, remat: Remat = "none"
+    ) -> jax.Array:
+        """Embeds the ids of prompts with their images to [B, P, D]."""
+        pixels = prompts.pixel_values
+        features = None if pixels is None else self.image_features(pixels, remat=remat)
+        return self.prompt_embeds(prompts.input_ids, special.image, features)
 
     def text_logits(self, hidden: jax.Array) -> jax.Array:
         """Computes text logits [..., V] of hidden states [..., D]."""

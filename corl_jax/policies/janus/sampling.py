@@ -19,15 +19,9 @@ from corl_jax.devices.compiling import SamplerProgram
 from corl_jax.devices.mesh import gather_over_fsdp
 from corl_jax.models import attention as attentions
 from corl_jax.models.llama import KVCache
-from corl_jax.policies.choices import Choice, completion_mask, guide, token_logprobs
-from corl_jax.policies.completions import (
-    DecodeState,
-    advance,
-    check_group_size,
-    make_text_draw,
-    sample_until_ended,
-    start_state,
-)
+from corl_jax.policies.causal_answers import make_text_program
+from corl_jax.policies.choices import Choice, guide, token_logprobs
+from corl_jax.policies.completions import DecodeState, advance, check_group_size, start_state
 from corl_jax.policies.decoding import Decoder, Rows, read_prompts
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.janus import network
@@ -135,7 +129,7 @@ def image_program(
     dtype: Any,
     attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, jax.Array]:
-    model = network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
+    model = _open_model(config, params, dtype)
     ids, mask = prompts.input_ids, prompts.attention_mask
     rows, length = Rows(check_group_size(prompts, keys), guided), config.num_image_tokens
     embeds = model.embed_text(rows.interleave_prompts(ids, unconditional_ids(ids, special)))
@@ -193,42 +187,11 @@ def sample_images(
     return Segment(CODES, tokens, jnp.ones(tokens.shape, bool), logprobs)
 
 
-@functools.partial(
-    SamplerProgram,
-    static_argnames=(
-        "config", "special", "max_new_tokens", "top_k", "top_p", "greedy", "greedy_last", "dtype",
-        "attention",
-    ),
-)  # fmt: skip
-def text_program(
-    config: JanusConfig,
-    params: Params,
-    prompts: EncodedPrompts,
-    keys: jax.Array,
-    temperature: jax.Array,
-    *,
-    special: SpecialTokens,
-    max_new_tokens: int,
-    top_k: int,
-    top_p: float,
-    greedy: bool,
-    greedy_last: int = 0,  # of so many neighbouring completions the last one is greedy
-    dtype: Any,
-    attention: attentions.DecodeKernel,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    model = network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
-    features = None if prompts.pixel_values is None else model.image_features(prompts.pixel_values)
-    embeds = model.prompt_embeds(prompts.input_ids, special.image, features)
-    rows = Rows(check_group_size(prompts, keys))
-    decoder, last = read_prompts(model.language_model, embeds, prompts.attention_mask, attention)
-    hidden = rows.fan_out(last)
-    choice = Choice(temperature, greedy, top_k, top_p, greedy_last)
+def _open_model(config: JanusConfig, params: Params, dtype: Any) -> Janus:
+    return network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
 
-    draw = make_text_draw(model, choice, keys, special.eos)
-    # One token comes from the prefill.
-    state = sample_until_ended(model, decoder, draw, hidden, max_new_tokens - 1, special.eos)
-    tokens, logprobs = (x[:, :max_new_tokens] for x in (state.tokens, state.logprobs))
-    return tokens, completion_mask(tokens, state.step, special.eos), logprobs
+
+text_program = make_text_program(_open_model)
 
 
 def sample_text(

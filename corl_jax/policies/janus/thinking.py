@@ -23,6 +23,7 @@ from corl_jax.devices.compiling import SamplerProgram
 from corl_jax.devices.mesh import gather_over_fsdp
 from corl_jax.models import attention as attentions
 from corl_jax.models.llama import KVCache
+from corl_jax.policies.causal_answers import compute_scoring_states
 from corl_jax.policies.choices import Choice, completion_mask
 from corl_jax.policies.chunked_logprobs import chunked_logprobs
 from corl_jax.policies.completions import (
@@ -34,7 +35,7 @@ from corl_jax.policies.decoding import Rows, prefill, read_prompts
 from corl_jax.policies.family import LogprobOptions, SamplingOptions
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.layout import RULES
-from corl_jax.policies.janus.logprobs import compute_scoring_states, score_code_states
+from corl_jax.policies.janus.logprobs import score_code_states
 from corl_jax.policies.janus.network import Janus, JanusConfig
 from corl_jax.policies.janus.sampling import (
     choose_kernel,
@@ -189,7 +190,9 @@ def score_thinking(
         # Behind the last code of a short plan anything may stand: no state before it sees it.
         completion = jnp.take_along_axis(source, places[..., None], axis=1, mode="clip")
         embeds = model.embed_text(input_ids)
-        return compute_scoring_states(model, embeds, prompts.attention_mask, completion, shifted)
+        return compute_scoring_states(
+            model.language_model, embeds, prompts.attention_mask, completion, shifted
+        )
 
     # Place 0 follows the prompt, place `plan_lengths` is BOI, and the first code follows it.
     first_code = plan_lengths[:, None] + 1 + options.unshifted

@@ -13,15 +13,16 @@ import pytest
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.models import attention
 from corl_jax.models.attention import attend_causally
+from corl_jax.policies.causal_answers import score_text
 from corl_jax.policies.chunked_logprobs import chunked_logprobs
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network
-from corl_jax.policies.janus.logprobs import image_logprobs, text_logprobs
+from corl_jax.policies.janus.logprobs import image_logprobs
 from tests.support.tiny_runs import SPECIAL, both_tasks, random_params
 from tests.support.tolerances import LOGPROBS, NETWORK
 
 PROMPTS, GROUP = 3, 4
-TASK_LOGPROBS = {"t2i": image_logprobs, "mm2t": text_logprobs}
+TASK_LOGPROBS = {"t2i": image_logprobs, "mm2t": score_text}
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
