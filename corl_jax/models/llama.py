@@ -161,6 +161,7 @@ class Llama(nnx.Module):
         mask: jax.Array,
         completions: jax.Array,
         *,
+        first: jax.Array | None = None,
         remat: Remat = "none",
         attention: AttentionKernel = "xla",
     ) -> tuple[jax.Array, jax.Array]:
@@ -168,6 +169,7 @@ class Llama(nnx.Module):
 
         `mask` [B, P] is that of the prompts. Completions are prompt-major and have no padding in
         front. The results equal those of `__call__` on each prompt followed by each completion.
+        `first` are the positions of the completions' first tokens; see `_place_completions`.
         """
         # Each prompt is read once, not once per completion. With 8 completions of 256 tokens and
         # prompts of 676 that is 2,724 tokens a group instead of 7,456.
@@ -178,15 +180,8 @@ class Llama(nnx.Module):
         odd = num_tokens % 2 if attention == "cudnn" else 0
         completions = jnp.pad(completions, ((0, 0), (0, odd), (0, 0)))
         completions = constrain(completions, "batch", "length", "embed")
-        length, group_size = completions.shape[1], len(completions) // len(prompts)
-        prompt_rope, repeated = (
-            self.rope(compute_positions(mask)),
-            jnp.repeat(mask, group_size, axis=0),
-        )
-        # A completion's positions follow its prompt's real tokens: 3 tokens -> 3, 4, ..
-        rope = self.rope(repeated.sum(axis=-1, keepdims=True) + jnp.arange(length))
-        # True behind every completion's end too: later keys change nothing before them.
-        joint_mask = jnp.pad(repeated, ((0, 0), (0, length)), constant_values=True)
+        prompt_rope = self.rope(compute_positions(mask))
+        rope, joint_mask = self._place_completions(mask, completions, first)
 
         # Both go through the layers in one scan, so that a layer's prompt keys and values live only
         # as long as that layer.
@@ -197,6 +192,47 @@ class Llama(nnx.Module):
         x, _ = layers.scan_layers(self.layers, step, (prompts, completions), remat)
         prompts, completions = jax.tree.map(self.norm, x)
         return prompts, completions[:, :num_tokens]
+
+    def after_caches(
+        self,
+        caches: KVCache,
+        mask: jax.Array,
+        completions: jax.Array,
+        *,
+        first: jax.Array | None = None,
+        attention: AttentionKernel = "xla",
+    ) -> jax.Array:
+        """Computes hidden states of completions [N, T, D] behind prompts that `prefill` has read.
+
+        They equal those of `after_prompts`. `caches` are [L, B, P, kv_heads, head_dim], `mask`
+        [B, P] is that of the prompts.
+        """
+        completions = constrain(completions, "batch", "length", "embed")
+        rope, joint_mask = self._place_completions(mask, completions, first)
+        graphdef, state = nnx.split(self.layers)
+
+        def step(x: jax.Array, layer: tuple[Any, KVCache]):
+            block = nnx.merge(graphdef, layer[0])
+            return block.after(x, layer[1], rope, joint_mask, attention), None
+
+        return self.norm(jax.lax.scan(step, completions, (state, caches))[0])
+
+    def _place_completions(
+        self, mask: jax.Array, completions: jax.Array, first: jax.Array | None
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        """Returns the rotations of completions [N, T, D], and the mask [N, P + T] of what they see.
+
+        `first` [M], M a divisor of N, are the positions of the first tokens of N / M neighbouring
+        completions each. None: a completion's positions follow its prompt's real tokens.
+        """
+        rows, length = completions.shape[:2]
+        if first is None:
+            first = mask.sum(axis=-1)  # 3 tokens -> 3, 4, ..
+        starts = jnp.repeat(first, rows // len(first))
+        rope = self.rope(starts[:, None] + jnp.arange(length))
+        # True behind every completion's end too: later keys change nothing before them.
+        repeated = jnp.repeat(mask, rows // len(mask), axis=0)
+        return rope, jnp.pad(repeated, ((0, 0), (0, length)), constant_values=True)
 
     def _forward(self, embeds, mask, remat: Remat, keep_cache: bool) -> tuple[jax.Array, Any]:
         embeds = constrain(embeds, "batch", "length", "embed")

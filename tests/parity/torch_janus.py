@@ -46,6 +46,8 @@ RENAMES: Renames = (
     (r"^(vision_model\..*)projection_layer", r"\1out_proj"),
     (r"^vqmodel\.quantize\.embedding", "vqmodel.quantize"),
 )
+STACKS = "(?:language_model|vision_model|generation_encoder|generation_decoder)"
+"""Parts whose layers are stacked."""
 
 
 def tiny_model(
@@ -163,7 +165,7 @@ def _path(name: str, renames: Renames) -> tuple[str, int | None]:
     """Path without the leaf, and the layer if the path is one of a stack."""
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
-    if found := re.fullmatch(r"((?:language|vision)_model\.layers)\.(\d+)\.(.*)", name):
+    if found := re.fullmatch(rf"({STACKS}\.layers)\.(\d+)\.(.*)", name):
         return f"{found[1]}.{found[3]}".replace(".", "/"), int(found[2])
     return name.replace(".", "/"), None
 
@@ -177,7 +179,7 @@ def _leaf(module: torch.nn.Module, leaf: str, array: np.ndarray) -> tuple[str, n
         return "kernel", array.T
     if isinstance(module, torch.nn.Conv2d):
         return "kernel", array.transpose(2, 3, 1, 0)
-    assert array.ndim == 1, f"{type(module).__name__}.{leaf} {array.shape}"
+    assert array.size == array.shape[-1], f"{type(module).__name__}.{leaf} {array.shape}"
     return "scale", array
 
 
