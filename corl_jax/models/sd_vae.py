@@ -101,7 +101,11 @@ class SdVae(nnx.Module):
 
     @property
     def _dtype(self) -> Any:
-        return self.post_quant_conv.kernel[...].dtype
+        """The type in which the network computes, that of its parameters."""
+        dtype = self.post_quant_conv.kernel[...].dtype
+        if dtype == jnp.float16:
+            raise ValueError("the VAE's float16 overflows; cast its parameters to float32")
+        return dtype
 
 
 def draw_latents(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:

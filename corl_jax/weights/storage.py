@@ -330,9 +330,10 @@ def open_any_store(path: Path, stem: str | None = None) -> Store:
         return _open_files([path], is_bin=path.suffix != ".safetensors")
     selection = select_weights(path, any_name=True, stem=stem)
     if selection is None:
+        name = f"{stem}.safetensors" if stem else "a .safetensors file"
         raise InputError(
-            f"{path}: no weights found, expected a .safetensors file, or one of PyTorch "
-            f"({', '.join(pattern[1:] for pattern in BIN_PATTERNS)})"
+            f"{path}: no weights found, expected {name}, or one of PyTorch "
+            f"({', '.join(pattern[1:] for pattern in BIN_PATTERNS)}); {_AGAIN}"
         )
     return _open_selection(path, selection)
 

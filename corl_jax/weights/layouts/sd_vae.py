@@ -235,6 +235,14 @@ def _write_assets(
     return note_assumptions(source.folder, config) if source and source.layout == LDM else []
 
 
+def _explain(problems: list[str], layout: str, data: Mapping[str, Any]) -> list[str]:
+    remedy = (
+        f"its weights are not those of the VAE that its config.json states; run `hf download "
+        f"{HUB_ID} --local-dir DIR`, and give DIR"
+    )
+    return [*problems, remedy] if problems else []
+
+
 RULES: Rules = ((r".*", WHOLE),)  # 84 million parameters: small beside a model of latents
 
 KIND = NetworkKind(
@@ -249,6 +257,7 @@ KIND = NetworkKind(
     note_assumptions=note_assumptions,
     rules=RULES,
     files=(),
+    explain=_explain,
     foreign_export=ForeignExport(
         check=_check_written,
         write_config=lambda layout, config, dtype, tokenizer: make_config(config),
