@@ -1,5 +1,7 @@
 """VQ-16: the tokenizer that turns an image into a grid of codes and back.
 
+Its encoder, its decoder and their blocks are those of other convolutional autoencoders too.
+
 Codebook rows and latents have unit length, so the nearest code is the one of greatest cosine.
 Images are NHWC in [-1, 1]; codes are in raster order.
 
@@ -32,9 +34,25 @@ class VQConfig:
         return 2 ** (len(self.channel_multiplier) - 1)
 
     @property
-    def level_channels(self) -> list[int]:
-        """The channels of each resolution; the first is the finest."""
-        return [self.base_channels * multiplier for multiplier in self.channel_multiplier]
+    def halves(self) -> HalvesConfig:
+        """The sizes of encoder and decoder."""
+        return HalvesConfig(
+            base_channels=self.base_channels,
+            level_channels=tuple(self.base_channels * n for n in self.channel_multiplier),
+            num_res_blocks=self.num_res_blocks,
+            has_attention=True,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class HalvesConfig:
+    """Sizes of an encoder and of the decoder that mirrors it."""
+
+    base_channels: int  # of the encoder's first convolution
+    level_channels: tuple[int, ...]  # of each resolution; the first is the finest
+    num_res_blocks: int  # of each level of the encoder; the decoder has one more
+    has_attention: bool  # after each block of the lowest resolution
+    groups: int = 32  # of the norms
 
 
 def make_conv(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs) -> nnx.Conv:
@@ -42,19 +60,21 @@ def make_conv(inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs) -> nnx.Co
     return nnx.Conv(inputs, outputs, (size, size), padding=size // 2, rngs=rngs)
 
 
-def make_group_norm(channels: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """Makes a group norm with 32 groups."""
+def make_group_norm(channels: int, groups: int = 32, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """Makes a group norm."""
     # flax's fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
-    return nnx.GroupNorm(channels, num_groups=32, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
+    return nnx.GroupNorm(
+        channels, num_groups=groups, epsilon=1e-6, use_fast_variance=False, rngs=rngs
+    )
 
 
 class ResBlock(nnx.Module):
     """Two normalised 3x3 convolutions and a shortcut, which is 1x1 if the width changes."""
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.norm1 = make_group_norm(inputs, rngs=rngs)
+    def __init__(self, inputs: int, outputs: int, groups: int = 32, *, rngs: nnx.Rngs):
+        self.norm1 = make_group_norm(inputs, groups, rngs=rngs)
         self.conv1 = make_conv(inputs, outputs, 3, rngs=rngs)
-        self.norm2 = make_group_norm(outputs, rngs=rngs)
+        self.norm2 = make_group_norm(outputs, groups, rngs=rngs)
         self.conv2 = make_conv(outputs, outputs, 3, rngs=rngs)
         if inputs != outputs:
             self.nin_shortcut = make_conv(inputs, outputs, 1, rngs=rngs)
@@ -68,8 +88,8 @@ class ResBlock(nnx.Module):
 class AttnBlock(nnx.Module):
     """Single-head self-attention over all positions of the feature map."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.norm = make_group_norm(channels, rngs=rngs)
+    def __init__(self, channels: int, groups: int = 32, *, rngs: nnx.Rngs):
+        self.norm = make_group_norm(channels, groups, rngs=rngs)
         self.q = make_conv(channels, channels, 1, rngs=rngs)
         self.k = make_conv(channels, channels, 1, rngs=rngs)
         self.v = make_conv(channels, channels, 1, rngs=rngs)
@@ -115,10 +135,10 @@ class Upsample(nnx.Module):
 class Mid(nnx.Module):
     """The bottleneck: residual, attention, residual."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.block_1 = ResBlock(channels, channels, rngs=rngs)
-        self.attn_1 = AttnBlock(channels, rngs=rngs)
-        self.block_2 = ResBlock(channels, channels, rngs=rngs)
+    def __init__(self, channels: int, groups: int = 32, *, rngs: nnx.Rngs):
+        self.block_1 = ResBlock(channels, channels, groups, rngs=rngs)
+        self.attn_1 = AttnBlock(channels, groups, rngs=rngs)
+        self.block_2 = ResBlock(channels, channels, groups, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -130,12 +150,15 @@ class Level(nnx.Module):
     downsample: Downsample  # of all levels of an encoder but the last
     upsample: Upsample  # of a decoder
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, attention: bool, rngs: nnx.Rngs,
+        groups: int = 32,
+    ):  # fmt: skip
         # The first block changes the width: inputs 128, outputs 256 -> [128, 256, 256]
         widths = [inputs] + [outputs] * (blocks - 1)
-        self.block = nnx.List([ResBlock(width, outputs, rngs=rngs) for width in widths])
+        self.block = nnx.List([ResBlock(width, outputs, groups, rngs=rngs) for width in widths])
         if attention:
-            self.attn = nnx.List([AttnBlock(outputs, rngs=rngs) for _ in widths])
+            self.attn = nnx.List([AttnBlock(outputs, groups, rngs=rngs) for _ in widths])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for index, block in enumerate(self.block):
@@ -149,22 +172,23 @@ class Level(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Pixels [N, H, W, 3] -> latents [N, H / f, W / f, z_channels]."""
+    """Pixels [N, H, W, 3] -> features [N, H / f, W / f, outputs]."""
 
-    def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
-        channels = config.level_channels
+    def __init__(self, config: HalvesConfig, outputs: int, *, rngs: nnx.Rngs):
+        channels, groups = config.level_channels, config.groups
         last = len(channels) - 1
         self.conv_in = make_conv(3, config.base_channels, 3, rngs=rngs)
         self.down = nnx.List([])
-        for index, outputs in enumerate(channels):
+        for index, width in enumerate(channels):
             inputs = channels[index - 1] if index else config.base_channels
-            level = Level(inputs, outputs, config.num_res_blocks, index == last, rngs)
+            attention = config.has_attention and index == last
+            level = Level(inputs, width, config.num_res_blocks, attention, rngs, groups)
             if index != last:
-                level.downsample = Downsample(outputs, rngs=rngs)
+                level.downsample = Downsample(width, rngs=rngs)
             self.down.append(level)
-        self.mid = Mid(channels[-1], rngs=rngs)
-        self.norm_out = make_group_norm(channels[-1], rngs=rngs)
-        self.conv_out = make_conv(channels[-1], config.z_channels, 3, rngs=rngs)
+        self.mid = Mid(channels[-1], groups, rngs=rngs)
+        self.norm_out = make_group_norm(channels[-1], groups, rngs=rngs)
+        self.conv_out = make_conv(channels[-1], outputs, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv_in(x)
@@ -174,22 +198,25 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents [N, h, w, z_channels] -> pixels [N, h * f, w * f, 3]."""
+    """Latents [N, h, w, inputs] -> pixels [N, h * f, w * f, 3]."""
 
-    def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: HalvesConfig, inputs: int, *, rngs: nnx.Rngs):
         # From the lowest resolution up; checkpoints number the levels in this order too.
-        channels = config.level_channels[::-1]
+        channels, groups = config.level_channels[::-1], config.groups
         last = len(channels) - 1
-        self.conv_in = make_conv(config.z_channels, channels[0], 3, rngs=rngs)
-        self.mid = Mid(channels[0], rngs=rngs)
+        self.conv_in = make_conv(inputs, channels[0], 3, rngs=rngs)
+        self.mid = Mid(channels[0], groups, rngs=rngs)
         self.up = nnx.List([])
-        for index, outputs in enumerate(channels):
-            inputs = channels[max(index - 1, 0)]
-            level = Level(inputs, outputs, config.num_res_blocks + 1, index == 0, rngs)
+        for index, width in enumerate(channels):
+            attention = config.has_attention and index == 0
+            level = Level(
+                channels[max(index - 1, 0)], width, config.num_res_blocks + 1, attention, rngs,
+                groups,
+            )  # fmt: skip
             if index != last:
-                level.upsample = Upsample(outputs, rngs=rngs)
+                level.upsample = Upsample(width, rngs=rngs)
             self.up.append(level)
-        self.norm_out = make_group_norm(channels[-1], rngs=rngs)
+        self.norm_out = make_group_norm(channels[-1], groups, rngs=rngs)
         self.conv_out = make_conv(channels[-1], 3, 3, rngs=rngs)
 
     def __call__(self, z: jax.Array) -> jax.Array:
@@ -203,8 +230,8 @@ class VQModel(nnx.Module):
     """Encoder, codebook and decoder."""
 
     def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
-        self.encoder = Encoder(config, rngs=rngs)
-        self.decoder = Decoder(config, rngs=rngs)
+        self.encoder = Encoder(config.halves, config.z_channels, rngs=rngs)
+        self.decoder = Decoder(config.halves, config.z_channels, rngs=rngs)
         self.quantize = nnx.Embed(config.num_embeddings, config.embed_dim, rngs=rngs)
         self.quant_conv = make_conv(config.z_channels, config.embed_dim, 1, rngs=rngs)
         self.post_quant_conv = make_conv(config.embed_dim, config.z_channels, 1, rngs=rngs)

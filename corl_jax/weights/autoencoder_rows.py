@@ -6,15 +6,15 @@ from corl_jax.weights.table import Row
 from corl_jax.weights.table_rows import conv, norm
 
 
-def make_res_block_rows(key: str, path: str) -> list[Row]:
-    """Returns the rows of a residual block."""
+def make_res_block_rows(key: str, path: str, shortcut: str = "nin_shortcut") -> list[Row]:
+    """Returns the rows of a residual block; `shortcut` is a torch name."""
     # Not every block has a shortcut: it exists only where the width changes.
     return [
         *norm(f"{key}.norm1", f"{path}/norm1"),
         *conv(f"{key}.conv1", f"{path}/conv1"),
         *norm(f"{key}.norm2", f"{path}/norm2"),
         *conv(f"{key}.conv2", f"{path}/conv2"),
-        *conv(f"{key}.nin_shortcut", f"{path}/nin_shortcut"),
+        *conv(f"{key}.{shortcut}", f"{path}/nin_shortcut"),
     ]
 
 

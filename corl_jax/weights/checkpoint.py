@@ -140,15 +140,14 @@ def open_checkpoint(path: str | Path, kind: NetworkKind, config: Any = None) -> 
     path = Path(path)
     folder = path.parent if path.is_file() else path
     refuse_adapter(path)
-    # A policy is published under standard names; reward networks also as a single .pth file.
-    open_weights = open_store if kind.needs_config else open_any_store
-    _check_pointers(folder, lambda: open_weights(path))
+
+    _check_pointers(folder, lambda: _open_weights(path, kind))
     data = read_config(folder, kind)
     layout = find_stated_layout(data, folder, kind)
     # Before the weights, if possible: a wrong config makes every tensor look wrong.
     if layout is not None:
         config = config or _parse_config(data, folder, kind, layout, {})
-    store = open_weights(path)
+    store = _open_weights(path, kind)
     try:
         stored = {key: info.shape for key, info in store.infos.items()}
         if layout is None:
@@ -226,6 +225,13 @@ def detect_layout(folder: str | Path, kind: NetworkKind) -> str:
         return layout
     with open_checkpoint(folder, kind) as checkpoint:
         return checkpoint.layout
+
+
+def _open_weights(path: Path, kind: NetworkKind) -> Store:
+    # A policy is published under standard names; reward networks also as a single .pth file.
+    if kind.needs_config:
+        return open_store(path)
+    return open_any_store(path, kind.parts[0].stem if kind.parts else None)
 
 
 def _check_pointers(folder: Path, open_weights: Callable[[], Store]) -> None:

@@ -91,9 +91,10 @@ class WeightsPart:
     """
 
     folder: str  # inside of the model's folder or beside it; "" is the model's folder
-    stem: str  # of the file that is written, such as "model"
+    stem: str  # of the file that is written, and read before others, such as "model"
     prefix: str  # of the names of its tensors in key tables, and not in the file
     hub_id: str  # its published source, for messages
+    other_folders: tuple[str, ...] = ()  # names that are read as well
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity

@@ -42,10 +42,11 @@ def join_parts(store: Store, kind: NetworkKind, folder: Path) -> Store:
     Raises: InputError for a part that is missing or damaged.
     """
     for part in (kind.parts or ())[1:]:
-        place = find_companion(folder, part.folder)
+        places = [find_companion(folder, name) for name in (part.folder, *part.other_folders)]
+        place = next(filter(None, places), None)
         if place is None:
             raise InputError(describe_missing(folder / part.folder, part.hub_id))
-        store = JoinedStore(store, PrefixedStore(open_any_store(place), part.prefix))
+        store = JoinedStore(store, PrefixedStore(open_any_store(place, part.stem), part.prefix))
     return store
 
 

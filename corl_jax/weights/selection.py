@@ -41,14 +41,17 @@ class Selection:
         return not name.endswith(".safetensors")
 
 
-def select_weights(folder: Path, *, any_name: bool = False) -> Selection | None:
+def select_weights(
+    folder: Path, *, any_name: bool = False, stem: str | None = None
+) -> Selection | None:
     """Returns the weights of a folder, or None; only `any_name` takes names other than STANDARD.
 
-    Such files are taken together, all of safetensors or else all of PyTorch.
+    Such files are taken together, all of safetensors or else all of PyTorch. Files named `stem`
+    come before STANDARD.
 
     Raises: InputError for shards of several saves without an index.
     """
-    for name in STANDARD:
+    for name in (*_list_names(stem), *STANDARD):
         # A link whose target is missing counts too: reading it says so, and no older set is taken.
         if os.path.lexists(folder / name):
             file = folder / name
@@ -59,6 +62,12 @@ def select_weights(folder: Path, *, any_name: bool = False) -> Selection | None:
                 _check_shards(folder, files)
                 return Selection(files)
     return None
+
+
+def _list_names(stem: str | None) -> list[str]:
+    # diffusers' order: safetensors first, each as one file or as shards with an index
+    ends = (".safetensors", ".bin")
+    return [f"{stem}{end}{index}" for end in ends for index in ("", INDEX)] if stem else []
 
 
 def warn_of_other_weights(folder: Path, selection: Selection, files: Iterable[Path]) -> None:
@@ -75,9 +84,10 @@ def warn_of_other_weights(folder: Path, selection: Selection, files: Iterable[Pa
 @functools.cache
 def _warn_once(folder: Path, chosen: str, others: tuple[str, ...]) -> None:
     more = f" and {len(others) - _NAMED} more files" if len(others) > _NAMED else ""
+    reason = "as transformers does, " if chosen in STANDARD else ""
     print(
-        f"warning: {folder}: holds more than one set of weights: {chosen} is read, as transformers "
-        f"does, and not {', '.join(others[:_NAMED])}{more}; remove the set that is not wanted",
+        f"warning: {folder}: holds more than one set of weights: {chosen} is read, {reason}and not "
+        f"{', '.join(others[:_NAMED])}{more}; remove the set that is not wanted",
         file=sys.stderr,
     )
 

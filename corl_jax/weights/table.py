@@ -76,6 +76,7 @@ class Transform:
 SAME = Transform()
 DENSE = Transform(axes=(1, 0))  # [out, in] -> [in, out]
 CONV = Transform(axes=(2, 3, 1, 0))  # OIHW -> HWIO
+POINTWISE = Transform(axes=(1, 2, 3, 0), split=(1, 1, -1))  # [out, in] -> [1, 1, in, out]
 DROP_LEADING = Transform(drop_leading=True)
 
 

@@ -69,7 +69,7 @@ def make_start(janus: Model, sizes: MagvitConfig, seed: int, world: str) -> Para
 
 def describe_twin(janus: JanusConfig) -> MagvitConfig:
     """Returns the sizes of the MAGVIT-v2 with the same convolutions: a bit for each channel."""
-    vq, channels = janus.vq, tuple(janus.vq.level_channels)
+    vq, channels = janus.vq, janus.vq.halves.level_channels
     return MagvitConfig(
         z_channels=vq.embed_dim,
         base_channels=vq.base_channels,

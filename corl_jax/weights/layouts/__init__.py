@@ -1,9 +1,12 @@
-"""The kinds of reward networks, each in a file with its settings, key table and sharding rules."""
+"""The kinds of networks beside the policies: those of rewards, and the VAE of latents.
+
+Each is in a file with its settings, key table and sharding rules.
+"""
 
 from __future__ import annotations
 
 from corl_jax.weights.kinds import NetworkKind
-from corl_jax.weights.layouts import aesthetic, bert, blip, clip, mask2former, vgg
+from corl_jax.weights.layouts import aesthetic, bert, blip, clip, mask2former, sd_vae, vgg
 
 KINDS: dict[str, NetworkKind] = {
     kind.name: kind
@@ -14,6 +17,7 @@ KINDS: dict[str, NetworkKind] = {
         vgg.KIND,
         aesthetic.KIND,
         mask2former.KIND,
+        sd_vae.KIND,
     )
 }
-"""Every kind of reward network by its name."""
+"""Every such kind by its name."""
