@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from corl_jax.config import checks
+from corl_jax.config.denoising import Denoising
 from corl_jax.config.fields import (
     Axis,
     CodePath,
@@ -563,6 +564,7 @@ class Config(Section):
     rewards: list[Reward] = Field(default_factory=list, description="Rewards of the completions.")
     networks: Networks = Networks()
     unmasking: Unmasking = Unmasking()
+    denoising: Denoising = Denoising()
     algorithm: Algorithm = Algorithm()
     sft: Sft = Sft()
     lora: Lora = Lora()

@@ -212,7 +212,7 @@ def make_programs(
             calls=share * (config.train.prompts_per_step // count),
             rounds=_count_rounds(outline, task),
         )
-        for task, sampler in build.make_samplers(outline, with_greedy).items()
+        for task, sampler in build.make_samplers(outline, greedy_last=with_greedy).items()
         if task in outline.tasks
     ]
     for _ in image_tasks(outline.tasks):

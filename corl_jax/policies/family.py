@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from corl_jax import params as params_lib
+from corl_jax.algorithms.flow.steps import Sde
+from corl_jax.algorithms.flow.windows import Window
 from corl_jax.devices.mesh import Rules
 from corl_jax.models import modules
 from corl_jax.models.attention import AttentionKernel, DecodeKernel
@@ -91,6 +93,29 @@ class Unmasking:
 
 
 @dataclasses.dataclass(frozen=True)
+class Denoising:
+    """How a family whose images are made by denoising draws and scores them.
+
+    Names and defaults are explained in `algorithms.flow`.
+    """
+
+    steps: int = 30
+    schedule: str = "uniform"
+    shift: float | None = None  # None: the schedule's own
+    # The noise of the steps; the ODE has none, and nothing to score.
+    sde: Sde = dataclasses.field(default_factory=lambda: Sde("ode"))
+    # The steps that have noise, and are scored.
+    window: Window = dataclasses.field(default_factory=Window)
+    kl: str = "gaussian"  # divergence from the reference
+    num_tokens: int | None = None  # latent tokens of an image, which the schedule `dynamic` reads
+
+    @property
+    def is_greedy(self) -> bool:
+        """True if an image is a function of its first noise."""
+        return self.sde.dynamics == "ode"
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingOptions:
     """Options of sampling; hashable, because jit takes them as static arguments.
 
@@ -112,6 +137,7 @@ class SamplingOptions:
     attention: Literal["auto"] | DecodeKernel = "auto"  # kernel of a decode step
     image: Any = None  # the processor's, for turns that read the policy's own images
     unmasking: Unmasking = Unmasking(logprobs="none")  # codes in any order
+    denoising: Denoising = Denoising()  # latents
 
 
 NOISE_KEYS = "noise_keys"
@@ -145,6 +171,7 @@ class LogprobOptions:
     straight_through: StraightThrough | None = None
     image: Any = None  # the processor's, for turns that read the policy's own images
     unmasking: Unmasking = Unmasking()  # codes in any order
+    denoising: Denoising = Denoising()  # latents, with the noise of the sampler
     # Completions of data instead of samples: an image code competes with all tokens that share its
     # vocabulary, as in the training of a base model.
     is_given: bool = False
@@ -203,6 +230,7 @@ class Limits:
     kv_heads: int
     head_dim: int
     caches_codes: bool = True  # sampling keeps the keys and values of an image's codes
+    latent_tokens: int | None = None  # tokens of an image's latents; None: it has none
     image_prompt: int | None = None  # tokens to which the prompt of an image is cut; None: never
     # name of a tower -> number of its heads, which the mesh axis `tensor` has to divide
     sharded_heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -275,6 +303,7 @@ class Family:
     decode_images: Callable[..., jax.Array]  # (sizes, params, values, dtype=) -> uint8 [N, S, S, 3]
     encode_images: Callable[[Sizes, Params, jax.Array], jax.Array]  # [N, S, S, 3] in [-1, 1]
     prompts: tuple[str, ...] = ("generate", "question")  # kinds that the processor encodes
+    denoises: bool = False  # images are made by denoising: their segments are of latents
     # Optional parts; without them the program refuses the options that need them.
     adapters: Adapters | None = None
     hidden_states: HiddenStates | None = None

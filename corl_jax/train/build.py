@@ -12,12 +12,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax.algorithms.advantages import AdvantageOptions
+from corl_jax.algorithms.flow.steps import Sde
 from corl_jax.algorithms.losses import LossConstants
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.devices.mesh import Rules, param_shardings
 from corl_jax.models import lora
 from corl_jax.params import leaf_paths, merge, partition
-from corl_jax.policies.family import LogprobOptions, SamplingOptions, Unmasking
+from corl_jax.policies.family import Denoising, LogprobOptions, SamplingOptions, Unmasking
 from corl_jax.policies.turns import Sampler, bind_sampler
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import FrozenNetwork, Policy
@@ -25,6 +26,7 @@ from corl_jax.tasks import CODES, TASKS
 from corl_jax.train import attending
 from corl_jax.train.kl_penalty import KlPenalty
 from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
+from corl_jax.train.recipe_options import choose_window
 from corl_jax.train.reference import (
     MovingReference,
     copy_reference,
@@ -75,6 +77,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
             plan.family, plan.sizes, make_update_options(plan), velocities=True
         ),
         samplers=make_samplers(plan),
+        evaluation_samplers=make_samplers(plan, evaluates=True),
         greedy_samplers=make_samplers(plan, greedy_last=True) if uses_greedy(plan) else None,
         rewards=plan.rewards,
         networks=load_networks(plan),
@@ -201,6 +204,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         straight_through=plan.stage.straight_through(config),
         image=plan.image,
         unmasking=choose_unmasking(plan),
+        denoising=choose_denoising(plan),
         is_given=not compares,
         released=config.sft.released and not plan.stage.samples,
     )
@@ -212,6 +216,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         dtype=DTYPES[config.model.dtype],
         micro_batches=plan.micro_batches,
         selections=choose_selections(algorithm) if compares else (),
+        latent_clip=config.denoising.clip,
     )
 
 
@@ -239,8 +244,8 @@ def choose_selections(algorithm: Any) -> tuple[TokenSelection, ...]:
     return selections
 
 
-def make_sampling_options(plan: RunOutline) -> SamplingOptions:
-    """Returns the sampling options of the config."""
+def make_sampling_options(plan: RunOutline, *, evaluates: bool = False) -> SamplingOptions:
+    """Returns the sampling options of the config, of training or of evaluations."""
     rollout, compat = plan.config.rollout, plan.config.compat
     return SamplingOptions(
         special=plan.special,
@@ -254,7 +259,23 @@ def make_sampling_options(plan: RunOutline) -> SamplingOptions:
         attention=attending.choose_sampler_kernel(plan.config, plan.limits.head_dim, plan.mesh),
         image=plan.image,
         unmasking=choose_unmasking(plan),
+        denoising=choose_denoising(plan, evaluates=evaluates),
     )
+
+
+def choose_denoising(plan: RunOutline, *, evaluates: bool = False) -> Denoising:
+    """Returns how images that are made by denoising are drawn and scored.
+
+    Evaluations and stages without a comparison draw them without noise.
+    """
+    options, tokens = plan.config.denoising, plan.limits.latent_tokens
+    if evaluates or not plan.stage.compares:
+        return Denoising(options.eval_steps, options.schedule, options.shift, num_tokens=tokens)
+    return Denoising(
+        options.steps, options.schedule, options.shift,
+        Sde(options.dynamics, options.noise_level),
+        choose_window(options), options.kl, tokens,
+    )  # fmt: skip
 
 
 def choose_unmasking(plan: RunOutline) -> Unmasking:
@@ -275,12 +296,15 @@ def uses_greedy(plan: RunOutline) -> bool:
     return plan.stage.compares and RECIPES[plan.config.algorithm.name].uses_greedy
 
 
-def make_samplers(plan: RunOutline, greedy_last: bool = False) -> dict[str, Sampler]:
+def make_samplers(
+    plan: RunOutline, *, greedy_last: bool = False, evaluates: bool = False
+) -> dict[str, Sampler]:
     """Returns (params, prompts, keys) -> segments for each task of the run.
 
     `greedy_last`: the last completion of each prompt is greedy.
     """
-    options = dataclasses.replace(make_sampling_options(plan), greedy_last=greedy_last)
+    options = make_sampling_options(plan, evaluates=evaluates)
+    options = dataclasses.replace(options, greedy_last=greedy_last)
     return {
         name: bind_sampler(plan.family.turns[TASKS[name].turn_kinds].sample, plan.sizes, options)
         for name in plan.tasks

@@ -151,9 +151,9 @@ def sample(
     `for_training`: with a greedy one more as the last of each group, if the algorithm compares
     with it.
     """
-    samplers, group_size = run.samplers, run.group_size
-    if for_training and run.greedy_samplers is not None:
-        samplers, group_size = run.greedy_samplers, run.completions_per_prompt
+    samplers, group_size = run.evaluation_samplers, run.group_size
+    if for_training:
+        samplers, group_size = run.greedy_samplers or run.samplers, run.completions_per_prompt
     encoded = prompts.encoded[task]
     shards = num_batch_shards(run.mesh)
     pieces = []

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from corl_jax.algorithms.flow.schedules import make_sigmas
+from corl_jax.algorithms.flow.steps import Sde
+from corl_jax.algorithms.flow.windows import Window, fit_window
 from corl_jax.algorithms.recipes import RECIPES, Recipe
 from corl_jax.config.checks import list_changes
+from corl_jax.config.denoising import Denoising
 from corl_jax.config.schema import Algorithm, Config
 from corl_jax.policies.family import Family
 from corl_jax.tasks import TASKS, TEXT, choose_tasks
@@ -129,11 +133,52 @@ def find_ignored_options(config: Config) -> list[str]:
 
 def find_unread_options(config: Config, family: Family) -> list[str]:
     """Returns a warning for each option that models of the run's family do not read."""
-    any_order = any(program.choose_scored for program in family.turns.values())
-    unread = ("compat.image_logprobs_unshifted",) if any_order else ("unmasking.", "sft.released")
-    order = "any order" if any_order else "one order"
+    if family.denoises:
+        unread = (
+            "compat.image_logprobs_unshifted",
+            "unmasking.",
+            "algorithm.image_",
+            "sft.released",
+        )
+        way = "makes images by denoising"
+    elif any(program.choose_scored for program in family.turns.values()):
+        unread = ("compat.image_logprobs_unshifted", "denoising.")
+        way = "draws the codes of images in any order"
+    else:
+        unread = ("unmasking.", "denoising.", "sft.released")
+        way = "draws the codes of images in one order"
     return [
-        f"{key}: {value!r} has no effect; a {family.name} draws the codes of images in {order}"
+        f"{key}: {value!r} has no effect; a {family.name} {way}"
         for key, value in list_changes(config)
         if key.startswith(unread)
     ]
+
+
+def find_denoising_problems(config: Config, family: Family) -> list[str]:
+    """Returns the options with which a model that makes images by denoising cannot be trained."""
+    tasks = [TASKS[name] for name in choose_tasks(config.algorithm.tasks)]
+    if not family.denoises or not any(task.makes_image for task in tasks):
+        return []
+    recipe, algorithm, options = RECIPES[config.algorithm.name], config.algorithm, config.denoising
+    problems = []
+    if recipe.uses_greedy:
+        problems.append(
+            f"algorithm.name: found {algorithm.name}, which compares with a greedy completion; a "
+            f"{family.name} draws no greedy image in the program of its samples; choose grpo"
+        )
+    if algorithm.kl_coef and complete_algorithm(algorithm).kl_in == "reward":
+        problems.append(
+            "algorithm.kl_in: found reward, but the divergence of denoising steps is a term of the "
+            "loss; set it to loss, or algorithm.kl_coef to 0"
+        )
+    try:
+        sigmas = make_sigmas(options.schedule, options.steps, options.shift, num_tokens=1)
+        fit_window(choose_window(options), sigmas, Sde(options.dynamics, options.noise_level))
+    except ValueError as error:
+        problems.append(f"denoising: {error}")
+    return problems
+
+
+def choose_window(options: Denoising) -> Window:
+    """Returns the window of the noisy steps that the options describe."""
+    return Window(options.window, (0, options.window_starts - 1) if options.window else (0, 0))

@@ -38,6 +38,7 @@ from corl_jax.train.loaders import count_steps, make_loaders, open_sources
 from corl_jax.train.recipe_options import (
     complete_algorithm,
     find_algorithm_problems,
+    find_denoising_problems,
     find_ignored_options,
     find_unread_options,
 )
@@ -159,6 +160,8 @@ def resolve_run(config: Config) -> ResolvedRun:
     if model:
         missing = find_missing_abilities(config, stage, model.family)
         problems.add(missing)
+        if stage.compares and config.algorithm.name in RECIPES:
+            problems.add(find_denoising_problems(config, model.family))
         problems.add(_find_own_scorer_problems(config, rewards.used, model))
         # Without adapters if they are wrong, so that the other checks still run.
         sizes = problems.attempt(fit.add_adapters, config, model.family, model.sizes) or model.sizes

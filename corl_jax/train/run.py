@@ -50,6 +50,7 @@ class Run:
     logprob_step: Callable
     velocity_step: Callable  # the same for the velocities of latents
     samplers: dict[str, Sampler]  # by task
+    evaluation_samplers: dict[str, Sampler]  # the same for evaluations and pictures of the log
     # The same, but the last completion of each prompt is greedy; None if no baseline needs it.
     greedy_samplers: dict[str, Sampler] | None
     rewards: Mapping[str, list]  # task -> rewards with their options bound

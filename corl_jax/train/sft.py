@@ -2,7 +2,8 @@
 
 Up to four kinds of completions come from each data row: the row's image for its prompt, the answer
 to its question, and, if the data has them, the caption for the captioning instruction and a text.
-The targets of images are the codes that the frozen image tokenizer gives the row's image.
+The targets of images are the codes or latents that the frozen image tokenizer gives them. The loss
+of latents is that of rectified flow.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from corl_jax.devices.processes import all_max
 from corl_jax.params import merge
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.family import NOISE_KEYS
-from corl_jax.tasks import CODES, TASKS, TEXT, image_tasks, text_tasks
+from corl_jax.tasks import CODES, LATENTS, TASKS, TEXT, image_tasks, text_tasks
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import Array, EncodedPrompts, Prompts, Segment
@@ -61,9 +62,11 @@ def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
         for task in image_tasks(tuple(batch.keys() & TASKS.keys())):
             params = merge(state.params, run.frozen)
             pixels = batch[task].segments[0].values
-            codes = run.family.encode_images(run.sizes, params, pixels)
+            values = run.family.encode_images(run.sizes, params, pixels)
+            kind = LATENTS if run.family.denoises else CODES
+            # [N, T] codes, or latents [N, 1, h, w, C], whose error is one number
             segment = Segment(
-                CODES, codes, jnp.ones(codes.shape, bool),
+                kind, values, jnp.ones(values.shape[:2], bool),
                 replay={NOISE_KEYS: make_noise_bits(run, prompts)},
             )  # fmt: skip
             batch[task] = dataclasses.replace(batch[task], segments=(segment,))

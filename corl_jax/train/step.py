@@ -29,7 +29,7 @@ from corl_jax.devices.mesh import constrain
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.family import Family, LogprobOptions, MeasureKl, Scores
-from corl_jax.tasks import TurnKinds, name_segments
+from corl_jax.tasks import LATENTS, TurnKinds, name_segments
 from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
 
 DIFFERENCES = DIFFERENCE_MEAN, DIFFERENCE_MAX = (
@@ -110,6 +110,15 @@ class UpdateOptions:
     dtype: Any = jnp.bfloat16  # compute dtype
     micro_batches: int = 1
     selections: tuple[TokenSelection, ...] = ()  # their weights are multiplied
+    # Clip range of denoising steps, whose log-probs are means over an image; None: as of tokens
+    latent_clip: float | None = None
+
+    def choose_constants(self, kind: str) -> LossConstants:
+        """Returns the constants of the loss of a kind of segment."""
+        clip = self.latent_clip
+        if kind != LATENTS or clip is None:
+            return self.constants
+        return dataclasses.replace(self.constants, clip_low=clip, clip_high=clip)
 
 
 def make_loss_inputs(
@@ -251,9 +260,10 @@ def segment_loss(
     inputs: LossInputs, segment: Segment, options: UpdateOptions
 ) -> tuple[jax.Array, Sums, Extremes]:
     """Returns (summed loss, metrics, extremes) of one segment's rows."""
-    total, count, sums = options.loss.compute(inputs, options.constants)
+    constants = options.choose_constants(segment.kind)
+    total, count, sums = options.loss.compute(inputs, constants)
     find_extremes = options.loss.extremes
-    largest, smallest = find_extremes(inputs, options.constants) if find_extremes else ({}, {})
+    largest, smallest = find_extremes(inputs, constants) if find_extremes else ({}, {})
     if inputs.advantages is None:
         return total, sums, (largest, smallest)
     sums = sums | {"loss": (total, count)}

@@ -88,7 +88,7 @@ def test_pieces_of_a_rollout_are_put_together_in_order(mesh, at_once):
         return (Segment(CODES, tokens, mask, bits.astype(jnp.float32)),)
 
     run = SimpleNamespace(
-        mesh=mesh, rollout_batch=at_once, group_size=2, seed=3, samplers={"t2i": sampler}
+        mesh=mesh, rollout_batch=at_once, group_size=2, seed=3, evaluation_samplers={"t2i": sampler}
     )
     ids = np.arange(16)[:, None] * np.ones((1, 5), np.int32)
     prompts = Prompts(np.arange(16), {}, {"t2i": EncodedPrompts(ids, np.ones(ids.shape, bool))})

@@ -79,7 +79,7 @@ def compute_theirs(pair, latents, times, hidden: bool) -> np.ndarray:
 
 def make_prefix(model, branch: str, prompts: EncodedPrompts) -> network.Prefix:
     if branch == "conditional":
-        return model.make_prefix(prompts)
+        return model.make_prefix(prompts, SPECIAL)
     return model.make_blank_prefix(prompts.attention_mask, SPECIAL)
 
 
@@ -109,7 +109,7 @@ def test_the_branches_and_the_hidden_positions_differ(pair):
     def run(model, latents, times, prompts):
         blank = make_prefix(model, "unconditional", prompts)
         moved = blank._replace(first=jnp.ones_like(blank.first))
-        prefixes = (model.make_prefix(prompts), blank, moved)
+        prefixes = (model.make_prefix(prompts, SPECIAL), blank, moved)
         return [model.velocity(latents, times, prefix) for prefix in prefixes]
 
     conditional, blank, moved = ours(pair, run, latents, times, pad_left(PROMPTS))

@@ -24,6 +24,7 @@ from corl_jax.models.attention import AttentionKernel
 from corl_jax.models.layers import Remat, make_linear
 from corl_jax.models.llama import AdaptedLlamaConfig, KVCache, Llama, LlamaConfig
 from corl_jax.models.lora import Lora
+from corl_jax.models.sd_vae import SdVae, SdVaeConfig
 from corl_jax.models.siglip import Siglip, SiglipConfig
 from corl_jax.models.uvit import Decoder, Encoder, UvitConfig
 from corl_jax.policies.janus.tokens import SpecialTokens
@@ -40,6 +41,7 @@ class JanusFlowConfig:
     llama: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
     siglip: SiglipConfig = dataclasses.field(default_factory=SiglipConfig)
     uvit: UvitConfig = dataclasses.field(default_factory=UvitConfig)
+    vae: SdVaeConfig = dataclasses.field(default_factory=SdVaeConfig)
 
     @property
     def num_image_tokens(self) -> int:
@@ -72,6 +74,11 @@ def remove_adapters(config: JanusFlowConfig) -> JanusFlowConfig:
 PRESETS = {"janusflow-1.3b": JanusFlowConfig()}
 
 
+def blank_ids(input_ids: jax.Array, special: SpecialTokens) -> jax.Array:
+    """Returns the ids [B, P] of prompts without their text: only BOS stays."""
+    return jnp.where(input_ids == special.bos, input_ids, special.pad)
+
+
 class Prefix(NamedTuple):
     """What the tokens of an image follow: B prompts, or one for all images."""
 
@@ -96,6 +103,7 @@ class JanusFlow(nnx.Module):
         self.generation_norm = nnx.RMSNorm(width, epsilon=config.llama.rms_norm_eps, rngs=rngs)
         self.generation_projection = make_linear(width, uvit.decoder_width, bias=True, rngs=rngs)
         self.generation_decoder = Decoder(uvit, width, rngs=rngs)
+        self.vae = SdVae(config.vae, rngs=rngs)
 
     # ---- text and images in prompts
 
@@ -138,12 +146,24 @@ class JanusFlow(nnx.Module):
         """Computes text logits [..., V] of hidden states [..., D]."""
         return self.lm_head(hidden)
 
+    def embed_question(
+        self, prompts: EncodedPrompts, special: SpecialTokens, *, remat: Remat = "none"
+    ) -> jax.Array:
+        """Embeds the ids of prompts with their images to [B, P, D]."""
+        pixels = prompts.pixel_values
+        features = None if pixels is None else self.image_features(pixels, remat=remat)
+        return self.prompt_embeds(prompts.input_ids, special, features)
+
     # ---- the velocity of latents
 
-    def make_prefix(self, prompts: EncodedPrompts) -> Prefix:
-        """Returns the prefix of images that follow these prompts, which end before the image."""
-        mask = jnp.asarray(prompts.attention_mask)
-        return Prefix(self.embed_text(prompts.input_ids), mask, mask.sum(axis=-1, dtype=jnp.int32))
+    def make_prefix(self, prompts: EncodedPrompts, special: SpecialTokens) -> Prefix:
+        """Returns the prefix of images that follow these prompts, which end before the image.
+
+        Tokens that `blank_ids` has replaced are hidden, but positions count them.
+        """
+        ids, mask = jnp.asarray(prompts.input_ids), jnp.asarray(prompts.attention_mask)
+        seen = mask & (ids != special.pad)
+        return Prefix(self.embed_text(ids), seen, mask.sum(axis=-1, dtype=jnp.int32))
 
     def make_blank_prefix(self, mask: jax.Array, special: SpecialTokens) -> Prefix:
         """Returns the prefix of guidance's other branch: BOS, and hidden tokens that still count.

@@ -1,0 +1,50 @@
+"""Defines the options of models whose images are made by denoising."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from corl_jax.config.fields import NonNegative, Positive, PositiveFloat, Section, option
+
+
+class Denoising(Section):
+    """How a model whose images are made by denoising (JanusFlow) draws and scores them."""
+
+    steps: Positive = option(10, "Steps in which training draws an image.")
+    eval_steps: Positive = option(30, "Steps in which an evaluation does, without noise.")
+    schedule: Literal["uniform", "linspace", "euler_discrete", "dynamic"] = option(
+        "uniform",
+        "Times of the steps. uniform: equally spaced, JanusFlow; linspace: these, shifted towards "
+        "the noise, DanceGRPO; euler_discrete: diffusers' scheduler, Flow-GRPO; dynamic: shifted "
+        "by the size of the image, FLUX.",
+    )
+    shift: PositiveFloat | None = option(
+        None, "Shift of the schedules linspace and euler_discrete. null: 3."
+    )
+    dynamics: Literal["flow", "dance", "cps"] = option(
+        "flow",
+        "How noise enters the steps of training. flow: Flow-GRPO; dance: DanceGRPO; cps: "
+        "coefficients-preserving sampling.",
+    )
+    noise_level: PositiveFloat | None = option(
+        None, "Amount of that noise. null: 0.7 for flow, 0.3 for dance, 0.8 for cps."
+    )
+    window: NonNegative = option(
+        0,
+        "Number of steps that have noise and are trained; the others have none. It decides how "
+        "long an update takes. 0: all steps.",
+    )
+    window_starts: Positive = option(
+        1, "The window begins at one of the first so many steps, drawn for each prompt."
+    )
+    kl: Literal["gaussian", "gaussian_no_dt", "latent_mse", "velocity_mse"] = option(
+        "gaussian",
+        "Divergence of a step from the reference's. gaussian: the true one; gaussian_no_dt: "
+        "without the length of the step, as Flow-GRPO's code; latent_mse, velocity_mse: squared "
+        "differences of means or velocities.",
+    )
+    clip: PositiveFloat = option(
+        1.0e-4,
+        "Clip range of a step's ratio, in the place of algorithm.clip_low and clip_high. Log-probs "
+        "of steps are means over the image, so ratios are close to 1.",
+    )

@@ -1,0 +1,133 @@
+"""Draws and scores images that are made by denoising, for every family that does so.
+
+A family gives the velocity of its network; see `algorithms.flow.trajectory`. A segment of such an
+image holds its latents from the noise to the image, and its choices are the noisy steps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from corl_jax.algorithms.flow.schedules import make_sigmas
+from corl_jax.algorithms.flow.steps import (
+    Transition,
+    average_elements,
+    compute_kl,
+    compute_logprobs,
+    predict_mean,
+    tabulate_transitions,
+    take_transitions,
+)
+from corl_jax.algorithms.flow.trajectory import (
+    Velocity,
+    draw_noise,
+    draw_trajectory,
+    integrate_ode,
+    take_step_latents,
+)
+from corl_jax.algorithms.flow.windows import draw_starts, fit_window, list_steps, mark_steps
+from corl_jax.policies.family import NOISE_KEYS, Denoising, LogprobOptions
+from corl_jax.tasks import LATENTS
+from corl_jax.types import Segment
+
+STEPS = "steps"
+"""Key of `Segment.replay`: the numbers [N, T] of the scored steps in the schedule."""
+WINDOW_KEYS = 2**31 - 1
+"""Folded into the keys that draw an image; no schedule has so many steps."""
+TIME_NUMBER = 1
+"""Number of the noise that decides the time of a given image; its own noise has number 0."""
+
+
+def draw_latents(
+    velocity: Velocity, keys: jax.Array, group_size: int, shape: tuple[int, ...],
+    denoising: Denoising,
+) -> Segment:  # fmt: skip
+    """Draws images with keys [N]: a segment of latents [N, steps + 1, *shape], the image last.
+
+    Without noise in the steps, the segment has the image alone, [N, 1, *shape], and no log-probs.
+    """
+    sigmas = tabulate_sigmas(denoising)
+    start = draw_noise(keys, shape)
+    if denoising.is_greedy:
+        images = integrate_ode(velocity, start, sigmas)
+        return Segment(LATENTS, images[:, None], jnp.ones((len(keys), len(sigmas) - 1), bool))
+
+    window = fit_window(denoising.window, sigmas, denoising.sde)
+    # All images of a prompt have noise at the same steps: otherwise they would not compare.
+    of_prompts = jax.vmap(lambda key: jax.random.fold_in(key, WINDOW_KEYS))(keys[::group_size])
+    starts = draw_starts(of_prompts, window, group_size)
+    noisy = mark_steps(starts, window, len(sigmas) - 1)
+    drawn = draw_trajectory(velocity, start, keys, sigmas, denoising.sde, noisy)
+    steps = list_steps(starts, window)
+    logprobs = jnp.take_along_axis(drawn.logprobs, steps, axis=1)
+    return Segment(LATENTS, drawn.latents, jnp.ones(steps.shape, bool), logprobs, {STEPS: steps})
+
+
+def score_latents(
+    velocity: Velocity, segment: Segment, denoising: Denoising
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes (log-probs, entropies) [N, T] and velocities [N, T, ...] of the scored steps.
+
+    `velocity` is called once, with N * T rows: those of a sample are neighbours.
+    """
+    steps = segment.replay[STEPS]
+    before, after = take_step_latents(segment.values, steps)
+    transitions = take_step_transitions(steps, denoising)
+    times = jnp.asarray(tabulate_sigmas(denoising), jnp.float32)[steps.reshape(-1)]
+    velocities = velocity(before, times)
+    mean = predict_mean(before, velocities, transitions)
+    logprobs = compute_logprobs(after, mean, transitions, denoising.sde.dynamics)
+    # The entropy of a Gaussian for each element; it does not depend on the network.
+    entropies = jnp.log(transitions.std) + 0.5 * math.log(2 * math.pi * math.e)
+    shape = steps.shape
+    return (
+        logprobs.reshape(shape),
+        entropies.reshape(shape),
+        velocities.reshape(*shape, *velocities.shape[1:]),
+    )
+
+
+def score_given(velocity: Velocity, segment: Segment) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scores images of data: minus the squared error of the velocity at one time of each.
+
+    `segment.values` [N, 1, ...] are their latents. Time and noise come from NOISE_KEYS; the time is
+    the logistic function of a normal number. Returns (minus the mean error, zeros) [N, 1] and the
+    velocities [N, 1, ...], so that the loss of given completions is that of rectified flow.
+    Source: JanusFlow (arXiv 2411.07975) eq. 4; Stable Diffusion 3 (arXiv 2403.03206).
+    """
+    images = segment.values[:, 0].astype(jnp.float32)
+    keys = jax.random.wrap_key_data(segment.replay[NOISE_KEYS])
+    times = jax.nn.sigmoid(draw_noise(keys, (), TIME_NUMBER))
+    noise = draw_noise(keys, images.shape[1:])
+    shares = times.reshape(-1, *(1,) * (images.ndim - 1))
+    velocities = velocity((1 - shares) * images + shares * noise, times)
+    errors = average_elements((velocities - (noise - images)) ** 2)[:, None]
+    return -errors, jnp.zeros_like(errors), velocities[:, None]
+
+
+def measure_kl(
+    segment: Segment, velocities: jax.Array, reference: jax.Array, options: LogprobOptions
+) -> jax.Array:
+    """Computes the divergences [N, T] of scored steps from the reference, of `Denoising.kl`.
+
+    `velocities` [N, T, ...] are those of policy and reference.
+    """
+    steps, denoising = segment.replay[STEPS], options.denoising
+    transitions = take_step_transitions(steps, denoising)
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (velocities, reference)]
+    return compute_kl(*flat, transitions, denoising.kl).reshape(steps.shape)
+
+
+def tabulate_sigmas(denoising: Denoising) -> np.ndarray:
+    """Returns the times [steps + 1] of the schedule."""
+    return make_sigmas(denoising.schedule, denoising.steps, denoising.shift, denoising.num_tokens)
+
+
+def take_step_transitions(steps: jax.Array, denoising: Denoising) -> Transition:
+    """Returns the numbers [N * T] of steps [N, T], row by row."""
+    table = tabulate_transitions(tabulate_sigmas(denoising), denoising.sde)
+    return take_transitions(table, steps.reshape(-1))

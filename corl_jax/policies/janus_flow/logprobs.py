@@ -1,0 +1,61 @@
+"""Computes log-probs of given completions: the noisy steps of an image, and the tokens of a text.
+
+All steps of an image are read in one pass, each at its own time and with the latents that the
+sampler had there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from corl_jax.algorithms.flow.trajectory import Velocity, guide_velocity
+from corl_jax.policies.causal_answers import score_text
+from corl_jax.policies.denoising import score_given, score_latents
+from corl_jax.policies.family import LogprobOptions, Scores
+from corl_jax.policies.janus_flow import network
+from corl_jax.policies.janus_flow.network import JanusFlow, JanusFlowConfig, Prefix
+from corl_jax.types import EncodedPrompts, Params, Segment
+
+
+def make_velocity(model: JanusFlow, prompts: EncodedPrompts, options: LogprobOptions) -> Velocity:
+    """Returns the velocity of images behind prompts, with the guidance of the sampler.
+
+    Gradients flow through both of its branches.
+    """
+
+    def read(prefix: Prefix) -> Velocity:
+        return lambda latents, times: model.velocity(
+            latents, times, prefix, remat=options.remat, attention=options.attention
+        )
+
+    conditional = read(model.make_prefix(prompts, options.special))
+    if options.cfg_scale == 1.0:
+        return conditional
+    other = read(model.make_blank_prefix(jnp.asarray(prompts.attention_mask), options.special))
+    return lambda latents, times: guide_velocity(
+        conditional(latents, times), other(latents, times), options.cfg_scale
+    )
+
+
+def score_steps(
+    sizes: JanusFlowConfig, params: Params, prompts: EncodedPrompts, segments: tuple[Segment, ...],
+    options: LogprobOptions,
+) -> tuple[Scores, ...]:  # fmt: skip
+    """Scores the noisy steps of images, or given images; see `policies.denoising`."""
+    (latents,) = segments
+    model = network.bind(sizes, params)
+    if options.is_given:
+        plain = dataclasses.replace(options, cfg_scale=1.0)
+        return (score_given(make_velocity(model, prompts, plain), latents),)
+    return (score_latents(make_velocity(model, prompts, options), latents, options.denoising),)
+
+
+def score_answers(
+    sizes: JanusFlowConfig, params: Params, prompts: EncodedPrompts, segments: tuple[Segment, ...],
+    options: LogprobOptions,
+) -> tuple[Scores, ...]:  # fmt: skip
+    """Scores the text of a turn; see `causal_answers.score_text`."""
+    (text,) = segments
+    return (score_text(network.bind(sizes, params), prompts, text.values, options),)
