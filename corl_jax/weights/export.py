@@ -99,6 +99,7 @@ def convert(
     """
     _check_layout(kind, layout)
     with open_checkpoint(source, kind) as checkpoint:
+        check_export(kind, layout, checkpoint.config)
         export = Export(
             kind=kind,
             layout=layout,

@@ -322,7 +322,7 @@ def open_any_store(path: Path, stem: str | None = None) -> Store:
     """Opens the weights in a folder under any names, or in a single file.
 
     Files named `stem` come first, then standard names (see `open_store`), then all safetensors
-    files of the folder together, then all PyTorch files.
+    files together, then all PyTorch files.
 
     Raises: InputError for a place without weights, or with damaged ones.
     """
@@ -330,9 +330,8 @@ def open_any_store(path: Path, stem: str | None = None) -> Store:
         return _open_files([path], is_bin=path.suffix != ".safetensors")
     selection = select_weights(path, any_name=True, stem=stem)
     if selection is None:
-        name = f"{stem}.safetensors" if stem else "a .safetensors file"
         raise InputError(
-            f"{path}: no weights found, expected {name}, or one of PyTorch "
+            f"{path}: no weights found, expected {stem or '*'}.safetensors, or a file of PyTorch "
             f"({', '.join(pattern[1:] for pattern in BIN_PATTERNS)}); {_AGAIN}"
         )
     return _open_selection(path, selection)

@@ -172,7 +172,7 @@ def _infer_sizes(shapes: Mapping[str, Shape]) -> SdVaeConfig:
     widths = [
         shapes.get(f"encoder.down.{level}.block.0.conv1.weight", ()) for level in range(LDM_LEVELS)
     ]
-    blocks = [f"encoder.down.0.block.{n}.conv1.weight" in shapes for n in range(_MAX_BLOCKS)]
+    blocks = sum(f"encoder.down.0.block.{n}.conv1.weight" in shapes for n in range(_MAX_BLOCKS))
     latents = shapes.get("post_quant_conv.bias", ())
     return SdVaeConfig(
         latent_channels=latents[0] if latents and latents[0] else usual.latent_channels,
@@ -180,7 +180,7 @@ def _infer_sizes(shapes: Mapping[str, Shape]) -> SdVaeConfig:
             width[0] if width and width[0] else fallback
             for width, fallback in zip(widths, usual.block_channels)
         ),
-        num_res_blocks=blocks.index(False) or usual.num_res_blocks,
+        num_res_blocks=blocks or usual.num_res_blocks,
     )
 
 
