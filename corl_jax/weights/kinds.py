@@ -117,6 +117,9 @@ class NetworkKind:
     # `model_type` or `_class_name` of a foreign config.json -> its layout; None: the tensors' names
     # tell the layout
     model_types: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    # (foreign config.json) -> what shows that it is of another kind with the same `model_type`, and
+    # the remedy; None if it is of this kind
+    find_other_kind: Callable[[Mapping[str, Any]], str | None] = lambda data: None
     # (folder, sizes) -> what no file of the folder states, and which values it is taken to have
     note_assumptions: Callable[[Path, Any], list[str]] = lambda folder, config: []
     rules: Rules = ()

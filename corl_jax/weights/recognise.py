@@ -22,7 +22,9 @@ def recognise_kind(folder: str | Path, kinds: Iterable[NetworkKind]) -> NetworkK
         is_own = stated == kind.own_format.model_type
         # Reward networks share one model_type in our layout; the field `network` tells them apart.
         if (is_own and (stated != NETWORK_TYPE or network == kind.name)) or (
-            isinstance(stated, str) and stated in kind.model_types
+            isinstance(stated, str)
+            and stated in kind.model_types
+            and kind.find_other_kind(data) is None
         ):
             return kind
     return None
@@ -68,6 +70,8 @@ def find_stated_layout(data: Mapping[str, Any], folder: Path, kind: NetworkKind)
             f"{file}: model_type is {stated!r}, expected one of "
             f"{', '.join([*kind.model_types, own_type])}; this is not a {kind.name} checkpoint"
         )
+    if other := kind.find_other_kind(data):
+        raise InputError(f"{file}: {other}")
     return layout
 
 

@@ -6,7 +6,7 @@ Source: Janus `VLMImageProcessor`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 
 from corl_jax.data.images import convert_to_rgb
 from corl_jax.errors import Problems
+from corl_jax.models.siglip import SiglipConfig
 from corl_jax.policies.janus.checkpoint.settings import parse_vision
 from corl_jax.weights.foreign_config import Fields
 
@@ -72,7 +73,13 @@ def make_level_table(settings: ImageSettings) -> np.ndarray:
     return (levels - mean) / std
 
 
-def read_image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> ImageSettings:
+ParseVision = Callable[[dict[str, Any], Path], SiglipConfig | None]
+"""(content of a config.json, its file) -> the sizes of its vision tower; None if it has none."""
+
+
+def read_image_settings(
+    configs: Mapping[str, Mapping[str, Any]], folder: Path, parse: ParseVision = parse_vision
+) -> ImageSettings:
     """Reads the image settings from the JSON files of a model directory of any layout.
 
     `configs` holds config.json, processor_config.json and preprocessor_config.json by stem, and
@@ -89,7 +96,7 @@ def read_image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) 
     )
     # No defaults for mean and std below: the class defaults are CLIP's, which Janus was not
     # trained with.
-    size, tokens = _read_geometry(configs["config"], processor, pre, folder)
+    size, tokens = _read_geometry(configs["config"], processor, pre, folder, parse)
     min_size = Fields(str(folder / "preprocessor_config.json"), pre, problems).size(
         "min_size", DEFAULT_MIN_SIZE
     )
@@ -108,12 +115,16 @@ def read_image_settings(configs: Mapping[str, Mapping[str, Any]], folder: Path) 
 
 
 def _read_geometry(
-    config: Mapping[str, Any], processor: Fields, pre: Mapping[str, Any], folder: Path
+    config: Mapping[str, Any],
+    processor: Fields,
+    pre: Mapping[str, Any],
+    folder: Path,
+    parse: ParseVision,
 ) -> tuple[int | None, int | None]:
     """Returns (image size, image tokens); adds a problem if the files do not agree."""
     problems, vision_size, vision_tokens = processor.problems, None, None
     with problems.collect():
-        vision_size, vision_tokens = read_vision_geometry(config, folder / "config.json")
+        vision_size, vision_tokens = read_vision_geometry(config, folder / "config.json", parse)
     size, tokens = vision_size, vision_tokens
     stated = pre.get("image_size") or pre.get("size")
     if stated:
@@ -141,14 +152,14 @@ def _read_geometry(
 
 
 def read_vision_geometry(
-    config: Mapping[str, Any], file: Path = Path("config.json")
+    config: Mapping[str, Any], file: Path = Path("config.json"), parse: ParseVision = parse_vision
 ) -> tuple[int | None, int | None]:
     """Returns (image size, image tokens) of a config.json; None for a size it does not state.
 
     Raises:
         InputError: listing the fields of the vision tower that are malformed.
     """
-    siglip = parse_vision(dict(config), file)
+    siglip = parse(dict(config), file)
     return (siglip.image_size, siglip.num_tokens) if siglip else (None, None)
 
 

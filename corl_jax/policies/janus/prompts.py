@@ -22,8 +22,10 @@ from corl_jax.errors import InputError, Problems
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
 from corl_jax.nearest import suggest_name
 from corl_jax.policies.family import CaptionPrompt, ChatRoles
+from corl_jax.policies.janus.checkpoint.settings import parse_vision
 from corl_jax.policies.janus.image_settings import (
     ImageSettings,
+    ParseVision,
     preprocess_image,
     read_image_settings,
 )
@@ -107,15 +109,7 @@ class Processor:
             InputError: listing every missing file, setting and special token.
         """
         folder = Path(model_dir)
-        problems, configs, image = Problems(), {}, None
-        problems.attempt(special_tokens, folder)
-        with problems.collect():
-            for name in FILES:
-                file = folder / f"{name}.json"
-                configs[name] = read_json(file) if file.is_file() else {}
-            image = read_image_settings(configs, folder)
-        problems.raise_any()
-        assert image is not None  # otherwise there was a problem
+        configs, image = read_settings(folder)
         template = configs["processor_config"].get("sft_format")
         return cls(folder, image, template=template, bucket_size=bucket_size)
 
@@ -321,6 +315,26 @@ class Processor:
         if isinstance(images, Image.Image):
             return self.preprocess_image(images)
         return np.stack([self.preprocess_image(image) for image in images])
+
+
+def read_settings(
+    folder: Path, parse: ParseVision = parse_vision
+) -> tuple[dict[str, dict[str, Any]], ImageSettings]:
+    """Returns the contents of a model directory's FILES, and its image settings.
+
+    Raises:
+        InputError: listing every missing file, setting and special token.
+    """
+    problems, configs, image = Problems(), {}, None
+    problems.attempt(special_tokens, folder)
+    with problems.collect():
+        for name in FILES:
+            file = folder / f"{name}.json"
+            configs[name] = read_json(file) if file.is_file() else {}
+        image = read_image_settings(configs, folder, parse)
+    problems.raise_any()
+    assert image is not None  # otherwise there was a problem
+    return configs, image
 
 
 def _load_tokenizers(path: Path) -> tuple[Any, dict[str, dict], Any]:

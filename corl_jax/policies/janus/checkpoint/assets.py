@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from corl_jax.errors import InputError
+from corl_jax.models.siglip import SiglipConfig
 from corl_jax.policies.generation_config import FILE as GENERATION_FILE
 from corl_jax.policies.generation_config import parse_generation
 from corl_jax.policies.janus.checkpoint import transformers as transformers_layout
-from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.tokens import (
     ROLES,
     STRINGS,
@@ -44,6 +44,13 @@ ORIGINAL_SPECIALS = (
 _IMAGE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_size": 14}
 
 
+class Sizes(Protocol):
+    """The sizes of a model that these files state."""
+
+    @property
+    def siglip(self) -> SiglipConfig: ...
+
+
 def copy_assets(source: Path, out: Path, names: tuple[str, ...] = COPIED) -> None:
     """Copies files of these names, without byte order marks; skips names the source lacks."""
     for name in names:
@@ -52,7 +59,7 @@ def copy_assets(source: Path, out: Path, names: tuple[str, ...] = COPIED) -> Non
 
 
 def write_assets(
-    folder: Path, layout: str, config: JanusConfig, source: Assets | None, stated: Mapping[str, Any]
+    folder: Path, layout: str, config: Sizes, source: Assets | None, stated: Mapping[str, Any]
 ) -> list[str]:
     """Writes tokenizer, processor and generation settings; returns notes on missing files."""
     # The layout of corl_jax has the files of its source's layout, or else of the original one.
@@ -109,7 +116,7 @@ def require_tokenizer(folder: Path | None) -> Path:
     return folder
 
 
-def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
+def write_original(source: Path | None, out: Path, config: Sizes) -> None:
     """Writes the files that the original package's VLChatProcessor reads."""
     if source is not None and (source / "tokenizer.json").is_file():
         copy_assets(source, out, _TOKENIZER)
@@ -137,7 +144,7 @@ def write_original(source: Path | None, out: Path, config: JanusConfig) -> None:
     write_json(out / "preprocessor_config.json", image)
 
 
-def write_transformers(source: Path | None, out: Path, config: JanusConfig) -> None:
+def write_transformers(source: Path | None, out: Path, config: Sizes) -> None:
     """Writes the files that transformers' JanusProcessor reads."""
     if source is not None and (source / "tokenizer.json").is_file():
         copy_assets(source, out, _TOKENIZER)

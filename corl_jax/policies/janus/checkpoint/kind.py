@@ -16,6 +16,9 @@ from corl_jax.policies.janus.tokens import special_tokens
 from corl_jax.weights.adapters import adapter_table
 from corl_jax.weights.kinds import ForeignExport, NetworkKind, PeftFormat
 
+FLOW_SECTION = "vision_gen_enc_config"
+"""Section of config.json that a JanusFlow has and a Janus has not."""
+
 
 def check_expressible(layout: str, config: JanusConfig) -> None:
     """Checks that the layout can express the sizes. Raises: InputError if not."""
@@ -59,6 +62,32 @@ def explain_tied_head(problems: list[str], layout: str, data: Mapping[str, Any])
     ]
 
 
+def explain_problems(problems: list[str], layout: str, data: Mapping[str, Any]) -> list[str]:
+    """Returns the problems of the tensors with their cause or their remedy, where it is known."""
+    if layout == "original" and (where := find_strange_weights(problems, "vision_gen_enc_model.")):
+        return [
+            f"{where}: its tensors are those of a JanusFlow, but its config.json is of a Janus; "
+            "put the config.json there that came with the weights"
+        ]
+    return explain_tied_head(problems, layout, data)
+
+
+def find_strange_weights(problems: list[str], name: str) -> str | None:
+    """Returns the place of weights with an unknown tensor whose name begins with `name`."""
+    sign = f": {name}"
+    return next((p.split(sign)[0] for p in problems if sign in p and " is unknown to" in p), None)
+
+
+def find_other_kind(data: Mapping[str, Any]) -> str | None:
+    """Describes a config.json of a JanusFlow, which has the model_type of a Janus."""
+    if FLOW_SECTION not in data:
+        return None
+    return (
+        f"has a {FLOW_SECTION}, so it is of a JanusFlow, expected a Janus; give a Janus, or use "
+        "this model where a JanusFlow is expected"
+    )
+
+
 KIND = NetworkKind(
     name="janus",
     module=Janus,
@@ -67,6 +96,7 @@ KIND = NetworkKind(
     parse=parse,
     check=check,
     model_types=MODEL_TYPES,
+    find_other_kind=find_other_kind,
     rules=RULES,
     files=COPIED,
     own_format=OWN_FORMAT,
@@ -78,7 +108,7 @@ KIND = NetworkKind(
         # The carried tensors belong to the vision tower, so its sizes are theirs.
         carried_sizes=lambda config: config.siglip,
     ),
-    explain=explain_tied_head,
+    explain=explain_problems,
     peft=PeftFormat(
         table=adapter_table(keys.TABLE, "language_model/layers/"),
         auto_mapping={

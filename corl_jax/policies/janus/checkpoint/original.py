@@ -121,7 +121,7 @@ def write(config: JanusConfig, dtype: str) -> dict[str, Any]:
         "vision_config": {
             "cls": "CLIPVisionTower",
             "model_type": "vision",
-            "params": _write_siglip(config.siglip),
+            "params": write_siglip(config.siglip),
         },
     }
 
@@ -151,7 +151,7 @@ def _write_vq(vq: VQConfig) -> dict[str, Any]:
     return params | {name: value for name, (value, usual) in explicit.items() if value != usual}
 
 
-def _write_siglip(siglip: SiglipConfig) -> dict[str, Any]:
+def write_siglip(siglip: SiglipConfig) -> dict[str, Any]:
     """Returns the preset's name, and the sizes in which this tower differs from it."""
     preset = SIGLIP_PRESETS["siglip_large_patch16_384"]
     params: dict[str, Any] = {

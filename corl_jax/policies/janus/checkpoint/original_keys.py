@@ -7,24 +7,15 @@ from __future__ import annotations
 
 from corl_jax.policies.janus.checkpoint.key_rows import (
     make_llama_rows,
+    make_siglip_rows,
     make_vq_code_rows,
 )
 from corl_jax.weights.autoencoder_rows import make_vq_half_rows
-from corl_jax.weights.table import DENSE, DROP_LEADING, SAME, Row, Table
-from corl_jax.weights.table_rows import conv, dense, embedding, norm
+from corl_jax.weights.table import Row, Table
+from corl_jax.weights.table_rows import dense, embedding
 
-_BLOCK = "vision_model.vision_tower.blocks.{layer}"
 _MID = ("0", "1", "2")
 _MAX_PROJECTOR_DEPTH = 8
-
-
-def _make_qkv_rows() -> list[Row]:
-    # One fused tensor [3 * 1024, 1024]: part i of 3 along axis 0 is q, k, v in this order.
-    return [
-        Row(f"{_BLOCK}.attn.qkv.{leaf}", f"vision_model/layers/attn/{name}/{field}", how, (i, 3))
-        for leaf, field, how in (("weight", "kernel", DENSE), ("bias", "bias", SAME))
-        for i, name in enumerate(("q_proj", "k_proj", "v_proj"))
-    ]
 
 
 def _make_projector_rows(key: str, path: str) -> list[Row]:
@@ -40,17 +31,7 @@ TABLE = Table(
     rows=(
         *make_llama_rows("language_model.model", "language_model"),
         *dense("language_model.lm_head", "lm_head", bias=False),
-        *conv("vision_model.vision_tower.patch_embed.proj", "vision_model/patch_embedding"),
-        *embedding(
-            "vision_model.vision_tower.pos_embed", "vision_model/position_embedding", DROP_LEADING
-        ),
-        *norm(f"{_BLOCK}.norm1", "vision_model/layers/layer_norm1"),
-        *norm(f"{_BLOCK}.norm2", "vision_model/layers/layer_norm2"),
-        *_make_qkv_rows(),
-        *dense(f"{_BLOCK}.attn.proj", "vision_model/layers/attn/out_proj"),
-        *dense(f"{_BLOCK}.mlp.fc1", "vision_model/layers/mlp/fc1"),
-        *dense(f"{_BLOCK}.mlp.fc2", "vision_model/layers/mlp/fc2"),
-        *norm("vision_model.vision_tower.norm", "vision_model/post_layernorm"),
+        *make_siglip_rows("vision_model.vision_tower", "vision_model"),
         *_make_projector_rows("aligner", "aligner"),
         *embedding("gen_embed.weight", "generation_embeddings"),
         *_make_projector_rows("gen_aligner", "generation_aligner"),

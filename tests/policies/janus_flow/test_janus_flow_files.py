@@ -1,0 +1,307 @@
+"""JanusFlow's checkpoints: recognised, read and written to the bit, refused where unclear."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from corl_jax.devices.mesh import find_rule
+from corl_jax.errors import InputError
+from corl_jax.params import flatten, partition
+from corl_jax.policies.janus.checkpoint import KIND as JANUS
+from corl_jax.policies.janus_flow import layout, network
+from corl_jax.policies.janus_flow.checkpoint import KIND
+from corl_jax.policies.janus_flow.checkpoint.flow_config import SECTIONS, parse, write_config
+from corl_jax.weights.checkpoint import load_config, load_params, open_checkpoint
+from corl_jax.weights.export import convert, save_checkpoint
+from corl_jax.weights.recognise import recognise_kind
+from corl_jax.weights.storage import read_json
+from tests.parity import torch_janus_flow
+from tests.support import janus_flow_files
+from tests.support.janus_flow_files import (
+    make_config,
+    make_model,
+    original_folder,
+    original_state,
+    save_state,
+    to_numpy,
+    write_small_files,
+)
+from tests.support.weight_files import (
+    assert_same_bits,
+    carried_state,
+    hf_shapes,
+    random_state,
+    read_state,
+    to_original,
+    write_checkpoint,
+)
+
+KEYS = Path(__file__).parents[2] / "support" / "fixtures" / "janusflow_keys.tsv"
+COUNTS = {
+    "language_model": 1_442_940_928, "lm_head": 209_715_200, "vision_model": 303_688_704,
+    "aligner": 2_099_200, "begin_embedding": 2_048, "generation_encoder": 21_614_336,
+    "generation_aligner": 1_574_912, "generation_norm": 2_048,
+    "generation_projection": 1_573_632, "generation_decoder": 50_561_296,
+}  # fmt: skip
+ATTENTION_POOL = 12_595_200  # in the files, and not in the network
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return original_folder(tmp_path_factory.mktemp("models") / "flow")
+
+
+@pytest.fixture(scope="module")
+def abstract():
+    return flatten(network.abstract(network.PRESETS["janusflow-1.3b"]))
+
+
+def problems_of(folder, kind=KIND) -> str:
+    with pytest.raises(InputError) as error:
+        open_checkpoint(folder, kind).close()
+    return str(error.value)
+
+
+def with_config(folder: Path, change) -> Path:
+    data = make_config()
+    change(data)
+    (folder / "config.json").write_text(json.dumps(data))
+    return folder
+
+
+# ---- the published model
+
+
+def published_shapes() -> dict[str, tuple[int, ...]]:
+    """Every tensor of JanusFlow-1.3B and its shape."""
+    shapes = {}
+    for line in KEYS.read_text().splitlines()[1:]:
+        key, numbers, shape = line.split("\t")
+        first, _, last = numbers.partition("-")
+        for i in range(int(first), int(last) + 1) if numbers else [0]:
+            shapes[key.replace("{i}", str(i))] = tuple(map(int, shape.split("x")))
+    return shapes
+
+
+def test_parameter_counts(abstract):
+    counts: Counter[str] = Counter()
+    for path, leaf in abstract.items():
+        counts[path.split("/")[0]] += math.prod(leaf.shape)
+    assert counts == COUNTS
+    published = published_shapes()
+    assert len(published) == 587
+    assert sum(map(math.prod, published.values())) == sum(counts.values()) + ATTENTION_POOL
+
+
+def test_the_key_table_has_every_published_tensor(abstract):
+    table, published = KIND.tables["original"], published_shapes()
+    slots = table.make_slots({path: leaf.shape for path, leaf in abstract.items()})
+    assert table.find_problems(slots, published, "published") == []
+    carried = [key for key in published if table.is_carried(key)]
+    assert len({slot.key for slot in slots}) + len(carried) == 587
+    assert all(".attn_pool." in key for key in carried) and len(carried) == 13
+
+
+def test_every_parameter_has_a_rule_and_most_are_trained(abstract):
+    for path in abstract:
+        find_rule(path, layout.RULES)
+    trained, frozen = partition(network.abstract(network.JanusFlowConfig()), layout.TRAINABLE)
+    assert {path.split("/")[0] for path in flatten(frozen)} == {
+        "vision_model", "aligner", "begin_embedding",
+    }  # fmt: skip
+    assert sum(math.prod(x.shape) for x in flatten(trained).values()) == 1_727_982_352
+
+
+def test_the_published_sizes_survive_a_config(tmp_path):
+    config = network.PRESETS["janusflow-1.3b"]
+    data = write_config("original", config, "bfloat16", None)
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    assert load_config(tmp_path, KIND) == config
+    assert config.latent_shape == (48, 48, 4) and config.num_image_tokens == 576
+    for name, section in SECTIONS.items():
+        assert set(section.params) <= data[name]["params"].keys()
+
+
+# ---- reading and writing
+
+
+def test_it_is_recognised_beside_a_janus(original, tmp_path):
+    janus = write_checkpoint(tmp_path / "janus", {}, "original", tokenizer=False)
+    for kinds in ([JANUS, KIND], [KIND, JANUS]):
+        assert recognise_kind(original, kinds) is KIND
+        assert recognise_kind(janus, kinds) is JANUS
+    convert(original, tmp_path / "jax", KIND)
+    assert recognise_kind(tmp_path / "jax", [JANUS, KIND]) is KIND
+
+
+def test_the_loaded_network_computes_what_torch_does(original):
+    config, params = load_config(original, KIND), load_params(original, KIND)
+    model = make_model()
+    assert config == torch_janus_flow.jax_config(model)
+    expected = flatten(torch_janus_flow.flow_params(model))
+    found = flatten(params)
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "sharded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_conversion_there_and_back_keeps_every_bit(tmp_path, form, dtype):
+    folder = original_folder(tmp_path / "flow", form=form, dtype=dtype)
+    assert convert(folder, tmp_path / "jax", KIND) == []
+    notes = convert(tmp_path / "jax", tmp_path / "back", KIND, layout="original",
+                    max_shard_bytes=40_000)  # fmt: skip
+    assert notes == []
+    state = {key: tensor.to(dtype) for key, tensor in original_state(make_model()).items()}
+    assert_same_bits(read_state(tmp_path / "back"), to_numpy(state))
+    assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
+    for name in ("config.json", "tokenizer.json", "processor_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_bin_is_written_too(original, tmp_path):
+    convert(original, tmp_path / "bin", KIND, layout="original", as_bin=True)
+    state = torch.load(tmp_path / "bin" / "pytorch_model.bin", weights_only=True)
+    expected = original_state(make_model())
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_an_export_without_a_source_states_all_sizes(original, tmp_path):
+    config, params = load_config(original, KIND), load_params(original, KIND)
+    notes = save_checkpoint(tmp_path / "out", KIND, config, params, layout="original")
+    assert len(notes) == 2
+    assert "attn_pool" in "".join(notes) and "tokenizer.json" in "".join(notes)
+    assert load_config(tmp_path / "out", KIND) == config
+    found = flatten(load_params(tmp_path / "out", KIND))
+    for path, expected in flatten(params).items():
+        np.testing.assert_array_equal(found[path], expected, err_msg=path)
+
+
+def test_patches_that_the_original_does_not_have_are_written_as_ours_only(tmp_path):
+    config = torch_janus_flow.jax_config(make_model())
+    uvit = network.UvitConfig(
+        patch_size=4, encoder_width=8, encoder_num_layers=1, decoder_width=8, decoder_num_layers=1
+    )
+    config = dataclasses.replace(config, uvit=uvit)
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), network.abstract(config))
+    save_checkpoint(tmp_path / "jax", KIND, config, params)
+    assert load_config(tmp_path / "jax", KIND) == config
+    with pytest.raises(InputError, match=r"patch_size is 4.*jax"):
+        save_checkpoint(tmp_path / "out", KIND, config, params, layout="original")
+
+
+# ---- refusals
+
+
+def test_a_janus_and_a_janusflow_are_not_taken_for_each_other(original, tmp_path):
+    janus = write_checkpoint(tmp_path / "janus", {}, "original", tokenizer=False)
+    found = problems_of(janus, KIND)
+    assert "has no vision_gen_enc_config" in found and "give a JanusFlow" in found
+    found = problems_of(original, JANUS)
+    assert "has a vision_gen_enc_config" in found and "give a Janus" in found
+
+
+def test_weights_of_the_other_one_are_one_problem(original, tmp_path):
+    state = {**to_original(random_state(hf_shapes())), **carried_state()}
+    swapped = write_checkpoint(tmp_path / "janus", state, "original", tokenizer=False)
+    (swapped / "config.json").write_text(json.dumps(make_config()))
+    found = problems_of(swapped, KIND)
+    assert "its tensors are those of a Janus," in found and len(found.splitlines()) == 1
+    flow = write_checkpoint(tmp_path / "flow", {}, "original", tokenizer=False)
+    save_state(flow, original_state(make_model()))
+    found = problems_of(flow, JANUS)
+    assert "its tensors are those of a JanusFlow" in found and len(found.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "name"), [(key, name) for key, row in SECTIONS.items() for name in row.params]
+)
+def test_a_setting_that_is_not_stated_is_refused(section, name, tmp_path):
+    folder = with_config(tmp_path, lambda data: data[section]["params"].pop(name))
+    with pytest.raises(InputError) as error:
+        load_config(folder, KIND)
+    assert f"{section}: params does not state {name};" in str(error.value)
+    assert "put the config.json there that came with the weights" in str(error.value)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_without_settings_is_refused(section, tmp_path):
+    folder = with_config(tmp_path, lambda data: data[section].pop("params"))
+    with pytest.raises(InputError) as error:
+        load_config(folder, KIND)
+    for name in SECTIONS[section].params:
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "message"),
+    [
+        ("vision_gen_enc_config", "stride", 4, "stride is 4, expected 2"),
+        ("vision_gen_enc_config", "kernel_size", 7, "kernel_size is 7, expected 2"),
+        ("vision_gen_enc_config", "padding", 3, "padding is 3, expected 0"),
+        ("vision_gen_enc_config", "hidden_size", 64, "hidden_size is 64, expected 32"),
+        ("vision_gen_enc_config", "use_mid_block", False, "use_mid_block is False"),
+        ("vision_gen_enc_config", "block_out_channels", [20, 20], "expected one number"),
+        ("vision_gen_enc_config", "block_out_channels", [21], "block_out_channels is [20]"),
+        ("vision_gen_dec_config", "upsamples", 2, "upsamples is 2, expected 1"),
+        ("vision_gen_dec_config", "out_channels", 3, "out_channels is 3, expected 4"),
+        ("vision_und_enc_config", "select_feature", "patch", "select_feature is 'patch'"),
+        ("vision_und_enc_config", "select_layer", -2, "select_layer is -2, expected -1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(section, name, value, message, tmp_path):
+    folder = with_config(tmp_path, lambda data: data[section]["params"].update({name: value}))
+    with pytest.raises(InputError) as error:
+        load_config(folder, KIND)
+    assert message in str(error.value)
+
+
+def test_another_class_is_refused_and_a_dotted_one_is_not(tmp_path):
+    def rename(data):
+        data["vision_gen_dec_config"]["cls"] = "UViTDecoder2"
+
+    with pytest.raises(InputError, match="cls is 'UViTDecoder2', expected 'ShallowUViTDecoder'"):
+        load_config(with_config(tmp_path, rename), KIND)
+    assert "." in make_config()["vision_gen_enc_config"]["cls"]
+    assert load_config(with_config(tmp_path, lambda data: None), KIND)
+
+
+def test_sizes_that_the_network_cannot_have_are_refused(tmp_path):
+    def make_odd(data):
+        for name in ("vision_gen_enc_config", "vision_gen_dec_config"):
+            data[name]["params"]["block_out_channels"] = [21]
+
+    with pytest.raises(InputError, match="encoder_width is 21, expected a multiple of"):
+        load_config(with_config(tmp_path, make_odd), KIND)
+
+
+def test_missing_and_misshapen_tensors_are_named(tmp_path):
+    folder = write_small_files(tmp_path / "flow")
+    state = original_state(make_model())
+    del state["vision_gen_enc_aligner.bias"]
+    state["beg_of_und_embed"] = state["beg_of_und_embed"][0]
+    save_state(folder, state)
+    found = problems_of(folder)
+    assert "vision_gen_enc_aligner.bias is missing" in found
+    assert "beg_of_und_embed has shape [32], expected [1, 32]" in found
+
+
+def test_the_fixture_is_the_network_of_the_parity_tests(original):
+    """The config that the files state by hand parses to the sizes of the torch modules."""
+    from corl_jax.errors import Problems
+
+    problems = Problems()
+    config = parse(original, "original", {}, problems)
+    assert not problems and config == torch_janus_flow.jax_config(make_model())
+    assert read_json(original / "config.json") == janus_flow_files.make_config()
