@@ -146,6 +146,7 @@ class AdvantageOptions:
     group_size: int
     scale: Scale
     eps: float = 1e-4  # added to the standard deviation, as in the released script
+    ddof: int = 1  # of the std in `compare_within_groups`; 0 in Flow-GRPO's released code
 
 
 @jax.tree_util.register_dataclass
@@ -164,7 +165,9 @@ def compare_within_groups(
     """Computes GRPO's advantages [N] by task; returns them and statistics by metric name."""
     return compare_rewards(
         inputs, options,
-        lambda r: compute_group_advantages(r, options.group_size, options.eps, options.scale),
+        lambda r: compute_group_advantages(
+            r, options.group_size, options.eps, options.scale, options.ddof
+        ),
     )  # fmt: skip
 
 

@@ -21,17 +21,19 @@ ROUNDING_UNITS = 4
 
 
 def compute_group_advantages(
-    rewards: jax.Array, group_size: int, eps: float = 1e-4, scale: Scale = "group"
+    rewards: jax.Array, group_size: int, eps: float = 1e-4, scale: Scale = "group", ddof: int = 1
 ) -> jax.Array:
     """Computes the advantage of each completion in its group [N]: (r - mean) / (std + eps).
 
     `rewards` [N] is NaN where no reward applies. Such a row does not enter the mean and the std
     of its group, and its advantage is 0. Groups with fewer than two valid rewards, or whose
     rewards are equal, get exactly 0. The std is that of the group, or with `scale` "batch" that of
-    all valid rewards; "none" leaves it out (Dr.GRPO).
+    all valid rewards; "none" leaves it out (Dr.GRPO). The sum of squares of n rewards is divided by
+    n - ddof.
     Raises: ValueError if N is not a multiple of the group size.
     Source: arXiv 2505.17534 eq. 1; DeepSeekMath (arXiv 2402.03300) eq. 4 for the form; Dr.GRPO
-    (arXiv 2503.20783); the std of the batch is an option of TRL (`scale_rewards`).
+    (arXiv 2503.20783); the std of the batch is an option of TRL (`scale_rewards`) and, with ddof 0,
+    `global_std` of Flow-GRPO (arXiv 2505.05470).
     """
     groups = split_into_groups(rewards, group_size)
     valid = ~jnp.isnan(groups)
@@ -41,11 +43,11 @@ def compute_group_advantages(
     mean = rewards_or_zero.sum(axis=1, keepdims=True) / jnp.maximum(count, 1)
     centred = jnp.where(valid, groups - mean, 0.0)
     # ddof 1: torch's std, which the released code uses, is the unbiased one (Q29).
-    std = jnp.sqrt((centred**2).sum(axis=1, keepdims=True) / jnp.maximum(count - 1, 1))
+    std = jnp.sqrt((centred**2).sum(axis=1, keepdims=True) / jnp.maximum(count - ddof, 1))
     informative = (count > 1) & _has_spread(groups, valid)
     std = jnp.where(informative, std, 0.0)
     if scale == "batch":
-        std = _measure_spread(groups.reshape(1, -1), valid.reshape(1, -1))
+        std = _measure_spread(groups.reshape(1, -1), valid.reshape(1, -1), ddof)
     # Eq. 1. The paper has no eps; the released code adds 1e-4.
     advantages = jnp.where(informative, centred if scale == "none" else centred / (std + eps), 0.0)
     return advantages.reshape(-1)
@@ -147,10 +149,10 @@ def _has_spread(groups: jax.Array, valid: jax.Array) -> jax.Array:
     return highest - lowest > ROUNDING_UNITS * jnp.finfo(jnp.float32).eps * size
 
 
-def _measure_spread(groups: jax.Array, valid: jax.Array) -> jax.Array:
-    """Computes the unbiased std of each group's valid rewards [groups]; 0 if they are equal."""
+def _measure_spread(groups: jax.Array, valid: jax.Array, ddof: int = 1) -> jax.Array:
+    """Computes the std of each group's valid rewards [groups]; 0 if they are equal."""
     # The std of equal float32 values can be a rounding error, not 0.
-    return jnp.where(_has_spread(groups, valid)[:, 0], jnp.nanstd(groups, axis=1, ddof=1), 0.0)
+    return jnp.where(_has_spread(groups, valid)[:, 0], jnp.nanstd(groups, axis=1, ddof=ddof), 0.0)
 
 
 def _average_where(values: jax.Array, chosen: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from corl_jax.algorithms.divergences import KlEstimator, estimate_kl, k3_kl
 from corl_jax.algorithms.ratios import (
     MAX_LOG_RATIO,
     SumAndCount,
@@ -34,8 +35,6 @@ Extremes = tuple[dict[str, jax.Array], dict[str, jax.Array]]
 
 Reduction = Literal["sequence_mean", "token_mean", "constant"]
 """How the losses of tokens become one number; see `count_terms`."""
-KlEstimator = Literal["k1", "k2", "k3"]
-"""Estimate of the KL divergence of one token; see `estimate_kl`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +50,7 @@ class LossInputs:
     # [N, T], as the sampler recorded them; read for `importance_cap` alone
     sampler_logprobs: jax.Array | None = None
     weights: jax.Array | None = None  # [N, T], factors of the tokens' losses; None: all 1
-    # [N, T], exact KL divergences from the reference, with gradient; None: estimated
-    kl: jax.Array | None = None
+    kl: jax.Array | None = None  # [N, T] exact divergences, which no estimate then replaces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +64,7 @@ class LossConstants:
     kl_estimator: KlEstimator = "k3"
     dual_clip: float | None = None  # largest ratio of a token with a negative advantage
     importance_cap: float | None = None  # largest factor that corrects for the sampler
+    advantage_clip: float | None = None  # largest size of an advantage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +196,7 @@ def reduce_policy_loss(
     min(exp(old - sampler), importance_cap) with such a cap.
     Returns (sum, count, metrics); sum / count is the loss. See `count_terms` for the reductions.
     Metrics are (sum, number of tokens): `clip_ratio/low_mean`, `clip_ratio/high_mean`,
-    `clip_ratio/region_mean`; `kl` (exact or k3) with a reference; `entropy` with entropies.
+    `clip_ratio/region_mean`; `kl` (k3) with a reference; `entropy` with entropies.
 
     Raises:
         ValueError: kl_coef is not 0 and there is no reference, or there is a cap and no sampler.
@@ -211,6 +210,8 @@ def reduce_policy_loss(
     # Padding may hold anything, -inf included, and -inf * 0 would be NaN in the gradient.
     logprobs = jnp.where(mask, inputs.logprobs, 0.0)
     advantages = jax.lax.stop_gradient(inputs.advantages)[:, None]
+    if constants.advantage_clip is not None:
+        advantages = jnp.clip(advantages, -constants.advantage_clip, constants.advantage_clip)
     log_ratio = _compute_log_ratio(logprobs, inputs.old_logprobs, mask)
     tokens = Tokens(logprobs, log_ratio, advantages, mask)
     per_token, ratio = token_loss(tokens, constants)
@@ -223,18 +224,11 @@ def reduce_policy_loss(
         metrics |= measure_clipping(
             ratio, advantages, mask, constants.clip_low, constants.clip_high
         )
-    if inputs.kl is not None:
-        kl = jnp.where(mask, inputs.kl, 0.0)
+    if (pair := _measure_kl(inputs, logprobs, mask, constants.kl_estimator)) is not None:
+        kl, logged = pair  # the KL term of eq. 2, which eq. 6 does not have
         if constants.kl_coef:
             per_token = per_token + constants.kl_coef * kl
-        metrics["kl"] = sum_over_tokens(kl, mask)
-    elif inputs.ref_logprobs is not None:  # the KL term of eq. 2, which eq. 6 does not have
-        ref_logprobs = jax.lax.stop_gradient(jnp.where(mask, inputs.ref_logprobs, 0.0))
-        kl = estimate_kl(logprobs, ref_logprobs, constants.kl_estimator)
-        if constants.kl_coef:
-            per_token = per_token + constants.kl_coef * kl
-        # k1 can be negative, which no limit of a KL divergence expects.
-        metrics["kl"] = sum_over_tokens(k3_kl(logprobs, ref_logprobs), mask)
+        metrics["kl"] = sum_over_tokens(logged, mask)
     if inputs.entropy is not None:
         metrics["entropy"] = sum_over_tokens(inputs.entropy, mask)
     return (
@@ -242,6 +236,20 @@ def reduce_policy_loss(
         count_terms(mask, constants),
         metrics,
     )
+
+
+def _measure_kl(
+    inputs: LossInputs, logprobs: jax.Array, mask: jax.Array, estimator: KlEstimator
+) -> tuple[jax.Array, jax.Array] | None:
+    """Returns the KL divergences [N, T] for the loss and for the log; None without a reference."""
+    if inputs.kl is not None:
+        kl = jnp.where(mask, inputs.kl, 0.0)
+        return kl, kl
+    if inputs.ref_logprobs is None:
+        return None
+    ref_logprobs = jax.lax.stop_gradient(jnp.where(mask, inputs.ref_logprobs, 0.0))
+    # k1 can be negative, which no limit of a KL divergence expects.
+    return estimate_kl(logprobs, ref_logprobs, estimator), k3_kl(logprobs, ref_logprobs)
 
 
 def _sum_terms(per_token: jax.Array, mask: jax.Array, reduction: Reduction) -> jax.Array:
@@ -358,33 +366,6 @@ CLIPPED_POLICY_LOSS = make_policy_loss(clip_token_ratios, by_token=True)
 NEGATIVE_LOG_LIKELIHOOD = Loss(negative_log_likelihood, lambda mask, constants: count_tokens(mask))
 
 
-def estimate_kl(
-    logprobs: jax.Array, ref_logprobs: jax.Array, estimator: KlEstimator = "k3"
-) -> jax.Array:
-    """Estimates KL(policy || reference) of each token [N, T] from the log-probs of samples.
-
-    With d = policy - reference: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. All are 0 where both
-    agree. k1 and k3 are unbiased in value. In a loss the gradient of k1 is 0 on average, and that
-    of k2 is the gradient of a k1 penalty in the reward.
-    Source: Schulman, "Approximating KL divergence".
-    """
-    if estimator == "k3":
-        return k3_kl(logprobs, ref_logprobs)
-    delta = jnp.clip(logprobs - ref_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return delta if estimator == "k1" else delta**2 / 2
-
-
-def k3_kl(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-    """Computes the estimate exp(d) - d - 1 of KL(policy || reference) per token, d = ref - policy.
-
-    It is unbiased in value under samples of the policy, never negative, and 0 where both agree.
-    Source: Schulman, "Approximating KL divergence" (estimator k3).
-    """
-    delta = jnp.clip(ref_logprobs - logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    # expm1: exp(d) - 1 loses all digits of a small d in float32.
-    return jnp.expm1(delta) - delta
-
-
 def mask_truncated(mask: jax.Array, ended: jax.Array) -> jax.Array:
     """Returns the mask without the tokens of answers that never reached EOS.
 
@@ -392,6 +373,15 @@ def mask_truncated(mask: jax.Array, ended: jax.Array) -> jax.Array:
     """
     # For texts only. Image codes always fill their grid and have no EOS: all would be dropped.
     return jnp.asarray(mask, bool) & jnp.asarray(ended, bool)[:, None]
+
+
+def mask_indifferent(mask: jax.Array, advantages: jax.Array) -> jax.Array:
+    """Returns the mask [N, T] without the rows whose advantage [N] is 0, as in equal groups.
+
+    They do not count in the mean over rows, and have no KL penalty.
+    Source: Flow-GRPO (arXiv 2505.05470), released code.
+    """
+    return jnp.asarray(mask, bool) & (advantages != 0)[:, None]
 
 
 def _compute_log_ratio(

@@ -10,8 +10,9 @@ import jax
 from corl_jax.algorithms import advantages as compare
 from corl_jax.algorithms import losses
 from corl_jax.algorithms.advantages import AdvantageOptions, RewardInputs
+from corl_jax.algorithms.divergences import KlEstimator
 from corl_jax.algorithms.estimators import Scale
-from corl_jax.algorithms.losses import KlEstimator, Loss, Reduction, make_policy_loss
+from corl_jax.algorithms.losses import Loss, Reduction, make_policy_loss
 
 Compare = Callable[
     [RewardInputs, AdvantageOptions], tuple[dict[str, jax.Array], dict[str, jax.Array]]

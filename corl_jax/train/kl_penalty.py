@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from corl_jax.algorithms.losses import KlEstimator, estimate_kl, k3_kl
+from corl_jax.algorithms.divergences import KlEstimator, estimate_kl, k3_kl
 from corl_jax.tasks import name_segments
 from corl_jax.train.step import Batch
 

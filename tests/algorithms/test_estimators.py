@@ -65,21 +65,28 @@ def test_advantages_are_the_numbers(name, scale):
     np.testing.assert_allclose(found, NUMBERS[name, scale], rtol=2e-5, atol=1e-7)
 
 
-def test_the_std_has_one_degree_of_freedom_less():
-    """Other libraries divide by G, or by N for the batch; their numbers follow from ours."""
-    biased = [
+def test_other_libraries_divide_by_the_number_of_rewards():
+    """Flow-GRPO and PromptRL: ddof 0, for the std of the group or of the batch."""
+    of_group = [
         -1.401673936, 1.23677112, -0.4122570399, 0.5771598558,
         1.46538851, -1.348157429, 0.05861554041, -0.1758466212,
     ]  # fmt: skip
-    biased_batch = [
+    of_batch = [
         -0.5413384904, 0.4776516092, -0.1592172031, 0.2229040843,
         1.990215038, -1.830997835, 0.07960860153, -0.2388258046,
     ]  # fmt: skip
-    for scale, size, numbers in (("group", 4, biased), ("batch", 8, biased_batch)):
-        found = compare_images("grpo", scale=scale)
-        std = np.array(CENTRED) / found - 1e-4
-        expected = CENTRED / (std * np.sqrt((size - 1) / size) + 1e-4)
-        np.testing.assert_allclose(expected, numbers, rtol=2e-4)
+    for scale, numbers in (("group", of_group), ("batch", of_batch)):
+        found = compare_images("grpo", scale=scale, ddof=0)
+        np.testing.assert_allclose(found, numbers, rtol=2e-6, atol=1e-7)
+
+
+def test_a_missing_reward_does_not_count_without_degrees_of_freedom():
+    rewards = np.float32([1.0, NAN, 3.0, 8.0, 2.0, 2.0, 2.0, 2.0])
+    deviations = np.array([-3.0, 0.0, -1.0, 4.0, 0, 0, 0, 0])
+    valid = rewards[~np.isnan(rewards)].astype(np.float64)
+    for scale, std in (("group", valid[:3].std()), ("batch", valid.std())):
+        found = compare_images("grpo", rewards, scale=scale, ddof=0)
+        np.testing.assert_allclose(found, deviations / (std + 1e-4), rtol=1e-5)
 
 
 def test_reinforce_pp_compares_with_the_whole_batch():

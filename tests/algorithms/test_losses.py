@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from corl_jax.algorithms.divergences import k3_kl
 from corl_jax.algorithms.losses import (
     CLIPPED_POLICY_LOSS,
     LossConstants,
     LossInputs,
     find_clip_extremes,
-    k3_kl,
     mask_truncated,
 )
 from corl_jax.algorithms.ratios import logprob_difference, measure_importance_ratio

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from corl_jax.algorithms import losses
+from corl_jax.algorithms.divergences import estimate_kl
 from corl_jax.algorithms.losses import (
     CLIPPED_POLICY_LOSS,
     LossConstants,
     LossInputs,
-    estimate_kl,
     make_policy_loss,
     weigh_by_entropy,
 )

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from corl_jax.algorithms.advantages import AdvantageOptions, RewardInputs
-from corl_jax.algorithms.losses import LossConstants, LossInputs, estimate_kl, weigh_by_entropy
+from corl_jax.algorithms.divergences import estimate_kl
+from corl_jax.algorithms.losses import LossConstants, LossInputs, weigh_by_entropy
 from corl_jax.algorithms.recipes import RECIPES
 from tests.support.trl_trainers import (
     GRPOTrainer,

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from corl_jax.algorithms.advantages import AdvantageOptions
+from corl_jax.algorithms.divergences import k3_kl
 from corl_jax.algorithms.losses import (
     CLIPPED_POLICY_LOSS,
     LossConstants,
     LossInputs,
-    k3_kl,
 )
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config import schema

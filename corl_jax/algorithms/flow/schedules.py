@@ -42,7 +42,7 @@ def make_sigmas(
 def shift_times(times: Any, shift: float) -> Any:
     """Moves times in [0, 1] towards the noise: s u / (1 + (s - 1) u).
 
-    Source: Stable Diffusion 3 (arXiv 2403.03206) section 5.3.2.
+    Source: Stable Diffusion 3 (arXiv 2403.03206).
     """
     return shift * times / (1 + (shift - 1) * times)
 

@@ -57,7 +57,7 @@ def follow_flow(times: Times, level: float) -> Transition:
     """Returns the step of Flow-GRPO's SDE, g = a sqrt(t / (1 - t)) with the noise level a.
 
     The first step, where 1 - t is 0, has 1 - t' in its place. Its std is a exactly.
-    Source: Flow-GRPO (arXiv 2505.05470) eq. 9 and 12.
+    Source: Flow-GRPO (arXiv 2505.05470).
     """
     # Which step is the first one is known by its number. A time can miss 1 by rounding.
     first = times.is_first
@@ -94,7 +94,7 @@ def follow_cps(times: Times, level: float) -> Transition:
 def _diffuse(times: Times, diffusion: Any) -> Transition:
     """Returns the step of the SDE with diffusion g(t): it has the marginals of the ODE.
 
-    Source: Flow-GRPO (arXiv 2505.05470) eq. 9; the discrete form of any g.
+    Source: Flow-GRPO (arXiv 2505.05470), for any g.
     """
     dt = times.next - times.now
     half = diffusion**2 / (2 * times.now)

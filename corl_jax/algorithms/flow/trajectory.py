@@ -140,7 +140,7 @@ def guide_edit(
     """Returns u + w_r (r - u) + w_t (c - r), the velocity of an edited picture.
 
     u has no condition, r the picture to edit, and c that picture and the text.
-    Source: InstructPix2Pix (arXiv 2211.09800) eq. 3.
+    Source: InstructPix2Pix (arXiv 2211.09800).
     """
     guided = guide_velocity(reference, unconditional, reference_scale)
     return guided + text_scale * (raise_precision(conditional) - raise_precision(reference))

@@ -182,6 +182,17 @@ def test_the_first_step_is_known_by_its_number():
         np.testing.assert_allclose(getattr(shaken, name), getattr(exact, name), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_times_may_be_inputs_of_a_program(dynamics):
+    sigmas = make_sigmas("euler_discrete", 6)
+    program = jax.jit(lambda sigmas: tabulate_transitions(sigmas, Sde(dynamics)))
+    found, expected = program(sigmas), tabulate_transitions(sigmas, Sde(dynamics))
+    for name in ("keep", "drift", "std", "dt"):
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6
+        )
+
+
 def test_the_step_of_dance_is_euler_with_the_score():
     """mean = x + v dt - eta^2 / 2 score dt with score = -(x - (1 - t) x0) / t^2."""
     sigmas = make_sigmas("linspace", 16)
@@ -284,6 +295,11 @@ def test_the_place_where_a_step_went_is_data():
     step = take_last(FLOW, MIDDLE)
     gradient = jax.grad(lambda x: compute_logprobs(x, jnp.asarray(V), step, "flow").sum())
     assert not np.asarray(gradient(jnp.asarray(X, jnp.float32))).any()
+    x, mean, old = (jnp.asarray(values, jnp.float32) for values in (X, V, OTHER))
+    of_guard = jax.grad(
+        lambda *rows: compute_guard_log_ratios(*rows, step, "flow").sum(), argnums=(0, 1, 2)
+    )(x, mean, old)
+    assert [bool(np.asarray(part).any()) for part in of_guard] == [False, True, False]
 
 
 def test_velocities_in_bfloat16_are_computed_in_float32():
