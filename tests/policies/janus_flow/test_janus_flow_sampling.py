@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from corl_jax.policies.janus_flow.velocities import make_sampler_velocity, make_scored_velocity
 
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.policies.janus_flow import network
 from corl_jax.policies.janus_flow.sampling import draw_noise, integrate, sample_latents
-from corl_jax.policies.janus_flow.velocities import make_sampler_velocity, make_scored_velocity
 from corl_jax.types import EncodedPrompts
 from tests.parity import torch_janus_flow
 from tests.support.tolerances import LOGPROBS, NETWORK
