@@ -144,6 +144,8 @@ def find_long_prompts(
     rows = [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(prompts)]
     if not options.think:
         return _find_long_rows(model, IMAGE_GENERATION, rows, limits.image_tokens)
+    if lack := model.family.find_lack(PLANNED_GENERATION):
+        return [f"{spell('think')}: the task {lack}; leave it out, or take another model"]
     # A token that begins the image stands between plan and image.
     image = 1 + limits.image_tokens
     if options.max_new_tokens >= limits.positions - image:
@@ -187,18 +189,20 @@ def _find_long_rows(
     from corl_jax.data.questions import replace_surrogates
 
     positions = model.family.limits(model.sizes).positions
-    room, problems = positions - completion, []
+    room, problems = positions - completion, Problems()
     for name, columns in rows:
         # A lone surrogate is a problem already; replaced, the tokenizer can count the others.
         texts = {column: replace_surrogates(text) for column, text in columns.items()}
         system = replace_surrogates(system_prompt)
-        length = len(model.processor.prompt_ids(task.turn.prompt, texts, system))
-        if length > room:
-            problems.append(
-                f"{name}: found {length} tokens; expected at most {room}, which leaves room for "
-                f"what is generated in the model's {positions} positions"
-            )
-    return problems
+        # A text may hold a control token, which its family refuses.
+        with problems.collect(f"{name}: "):
+            length = len(model.processor.prompt_ids(task.turn.prompt, texts, system))
+            if length > room:
+                problems.add(
+                    f"{name}: found {length} tokens; expected at most {room}, which leaves room "
+                    f"for what is generated in the model's {positions} positions"
+                )
+    return list(problems)
 
 
 # ---- sampling

@@ -94,7 +94,7 @@ READERS = (
         if facts.block
     ),
     Reader(r"sft\.redraw", "self_sft_through", lambda c, _: STAGE_FACTS[c.stage].reaches_images),
-    Reader(r"sft\.(tasks|caption_column)", "a stage without rollouts",
+    Reader(r"sft\.(tasks|caption_column|released)", "a stage without rollouts",
            lambda config, _: not STAGE_FACTS[config.stage].has_rollouts),
     Reader(
         r"sft\.caption_column", "a task that makes texts",

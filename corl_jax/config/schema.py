@@ -301,6 +301,11 @@ class Sft(Section):
     t2i_weight: NonNegativeFloat | None = option(
         None, "Weight of the image loss; texts have 1. null: 1, in self_sft_through 0 (no loss)."
     )
+    released: bool = option(
+        False,
+        "Also the terms that only the code that a model comes from has. Show-o: the tokens before "
+        "and behind an image, and the question before an answer.",
+    )
     redraw: bool = option(False, "self_sft_through: a fresh image takes the gradient.")
 
 

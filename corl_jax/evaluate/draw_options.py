@@ -221,8 +221,9 @@ def check_lengths(model: PolicyFiles, prompts: PromptList, problems: Problems) -
     limits, kind = model.family.limits(model.sizes), IMAGE_GENERATION.turn.prompt
     room, longest = limits.positions - limits.image_tokens, 0
     for prompt in prompts.prompts:
-        text = replace_surrogates(prompt.text)
-        length = len(model.processor.prompt_ids(kind, {"prompt": text}))
+        text, length = replace_surrogates(prompt.text), 0
+        with problems.collect(f"--prompts: prompt {prompt.name}: "):
+            length = len(model.processor.prompt_ids(kind, {"prompt": text}))
         longest = max(longest, length)
         if length > room:
             problems.add(

@@ -320,12 +320,23 @@ def apply_partial_rope(x: jax.Array, rope: Rope) -> jax.Array:
     return jnp.concatenate([apply_rope(x[..., :size], rope), x[..., size:]], axis=-1)
 
 
-def compute_some_logits(head: nnx.Linear, hidden: jax.Array, first: int, count: int) -> jax.Array:
-    """Computes float32 logits [..., count] of the tokens from id `first` on.
+def take_head(head: nnx.Linear, first: int, count: int) -> Callable[[jax.Array], jax.Array]:
+    """Returns hidden [..., D] -> float32 logits [..., count] of the tokens from id `first` on.
 
     Of `count` 8192 instead of 58,498 tokens this costs a seventh of the whole head.
     """
     assert head.bias is not None
-    kernel = head.kernel[...][:, first : first + count]
-    logits = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
-    return logits + head.bias[...][first : first + count].astype(jnp.float32)
+    # Here and not in each call: a loop over pieces of the states would otherwise add up a gradient
+    # of the size of the whole head in each piece.
+    kernel, bias = (x[..., first : first + count] for x in (head.kernel[...], head.bias[...]))
+
+    def compute_logits(hidden: jax.Array) -> jax.Array:
+        logits = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        return logits + bias.astype(jnp.float32)
+
+    return compute_logits
+
+
+def compute_some_logits(head: nnx.Linear, hidden: jax.Array, first: int, count: int) -> jax.Array:
+    """Computes float32 logits [..., count] of the tokens from id `first` on; see `take_head`."""
+    return take_head(head, first, count)(hidden)

@@ -145,6 +145,10 @@ class LogprobOptions:
     straight_through: StraightThrough | None = None
     image: Any = None  # the processor's, for turns that read the policy's own images
     unmasking: Unmasking = Unmasking()  # codes in any order
+    # Completions of data instead of samples: an image code competes with all tokens that share its
+    # vocabulary, as in the training of a base model.
+    given: bool = False
+    released: bool = False  # given completions: also the terms that a model's own code has
 
 
 Sample = Callable[[Sizes, Params, EncodedPrompts, jax.Array, SamplingOptions], tuple[Segment, ...]]
@@ -154,8 +158,13 @@ Logprobs = Callable[
     tuple[tuple[jax.Array, jax.Array], ...],
 ]
 """(sizes, params, B prompts, segments, options) -> each segment's (log-probs, entropies) [N, T]."""
-ChooseScored = Callable[[tuple[Segment, ...], LogprobOptions], tuple[jax.Array, ...]]
-"""(segments, options) -> bool [N, T] of each segment: the choices that `Logprobs` scores."""
+ChooseScored = Callable[
+    [EncodedPrompts, tuple[Segment, ...], LogprobOptions], tuple[jax.Array, ...]
+]
+"""(prompts, segments, options) -> the loss masks of the log-probs of each segment.
+
+They leave out the choices that `Logprobs` does not score, and have the shape of its results.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +174,8 @@ class TurnProgram:
     sample: Sample
     logprobs: Logprobs
     passes_gradients: bool = False  # scoring can work with `LogprobOptions.straight_through`
-    # None: all choices are scored. Others have log-prob and entropy 0, and are in no loss.
+    # None: all choices are scored, and nothing else. Choices that are not scored have log-prob and
+    # entropy 0, and are in no loss.
     choose_scored: ChooseScored | None = None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from corl_jax.data.instructions import add_instruction
+from corl_jax.errors import InputError
 from corl_jax.inference import (
     TEXT_OPTIONS,
     choose_image_sampling,
@@ -70,10 +71,10 @@ class Engine:
         """Returns the job of a request for images. Raises: ApiError for a prompt without room."""
         options = self._complete(request.options, list_image_options(request.options))
         with self._one_at_a_time:
+            ids = self._read_ids(IMAGE_GENERATION, {"prompt": request.prompt})
             if problems := find_long_prompts(self.model, options, [request.prompt], str):
                 text = problems[0].removeprefix("prompt 0: ")
                 raise ApiError(400, f"prompt: {text}", code="context_length_exceeded")
-            ids = self._read_ids(IMAGE_GENERATION, {"prompt": request.prompt})
             sampling = choose_image_sampling(self.model, self.dtype, options)
             return self._make_job(IMAGE_GENERATION, ids, None, sampling, options)
 
@@ -109,7 +110,11 @@ class Engine:
         return options
 
     def _read_ids(self, task: Task, columns: dict[str, str], system_prompt: str = "") -> list[int]:
-        return self.model.processor.prompt_ids(task.turn.prompt, columns, system_prompt)
+        try:
+            return self.model.processor.prompt_ids(task.turn.prompt, columns, system_prompt)
+        except InputError as error:  # a control token in the text
+            param = "messages" if task.makes_text else "prompt"
+            raise ApiError(400, f"{param}: {error}", code="invalid_value", param=param) from error
 
     def _make_job(
         self, task: Task, ids: list[int], image: Any, sampling: SamplingOptions,

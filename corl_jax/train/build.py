@@ -190,7 +190,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         # Supervised targets were not sampled, so they are scored by the plain softmax.
         temperature=config.rollout.temperature if compares else 1.0,
         cfg_scale=config.rollout.cfg_scale,
-        image_logprobs=algorithm.image_logprobs,
+        image_logprobs=algorithm.image_logprobs if compares else "conditional",
         unshifted=config.compat.image_logprobs_unshifted and compares,
         remat=config.model.remat,
         attention=attending.choose_update_kernel(config, plan.limits.head_dim, plan.mesh),
@@ -198,6 +198,8 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         straight_through=plan.stage.straight_through(config),
         image=plan.image,
         unmasking=choose_unmasking(plan),
+        given=not compares,
+        released=config.sft.released and not plan.stage.samples,
     )
     return UpdateOptions(
         loss=plan.stage.loss(config),

@@ -123,7 +123,7 @@ def _find_export_problems(config: Config, family: Family, sizes: Sizes) -> list[
         try:
             check_export(family.kind, layout, family.base(sizes))
         except InputError as error:
-            problems += [f"export: {problem}" for problem in error.problems]
+            problems += [f"export.layout: {problem}" for problem in error.problems]
     return problems
 
 

@@ -163,16 +163,17 @@ def split_batch(batch: Batch, pieces: int) -> Batch:
     return {name: split(task) for name, task in batch.items()}
 
 
-def leave_out_unscored(family: Family, options: LogprobOptions, batch: Batch) -> Batch:
-    """Returns the batch with loss masks that leave out the choices that scoring leaves out."""
+def choose_loss_masks(family: Family, options: LogprobOptions, batch: Batch) -> Batch:
+    """Returns the batch with the loss masks of what the family scores."""
 
     def restrict(task: TaskBatch) -> TaskBatch:
         choose = family.turns[task.turn_kinds].choose_scored
         if choose is None:
             return task
+        masks = choose(task.prompts, task.segments, options)
         segments = tuple(
-            dataclasses.replace(segment, mask=segment.mask & scored)
-            for segment, scored in zip(task.segments, choose(task.segments, options), strict=True)
+            dataclasses.replace(segment, mask=mask)
+            for segment, mask in zip(task.segments, masks, strict=True)
         )
         return dataclasses.replace(task, segments=segments)
 
@@ -195,7 +196,7 @@ def gradients(
     batch: Batch,
 ) -> tuple[Params, dict[str, jax.Array]]:  # fmt: skip
     """Returns (gradients in the parameters' dtype, metrics as scalars) of a whole batch."""
-    batch = leave_out_unscored(family, options.logprobs, batch)
+    batch = choose_loss_masks(family, options.logprobs, batch)
     # Over the whole batch, before it is split: so a micro-batch changes nothing but memory.
     counts = count_terms(options, batch)
     weights = dict(options.weights)

@@ -18,8 +18,10 @@ def average_by_tag(run: Run, drawn: Drawn) -> dict[str, float]:
     """
     means: dict[str, float] = {}
     for task, scored in drawn.scored.items():
+        if TASKS[task].question is None:
+            continue
         tags = scored.samples.columns.get("tag")
-        if TASKS[task].question is None or tags is None:
+        if tags is None:
             continue
         numbers = [TAGS.index(tag) if tag in TAGS else -1 for tag in tags]
         table = all_gather_rows(run.mesh, np.array([numbers, *scored.rewards.values()]).T)

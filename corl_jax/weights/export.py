@@ -139,7 +139,7 @@ def _check_layout(kind: NetworkKind, layout: str) -> None:
     if layout not in kind.written_layouts:
         raise InputError(
             f"layout {layout!r}: a {kind.name} network is written as "
-            f"{' or '.join(kind.written_layouts)}"
+            f"{' or '.join(kind.written_layouts)}; choose one of them"
         )
 
 

@@ -24,11 +24,15 @@ def find_companion(folder: Path, name: str) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
-def describe_missing(folder: Path, name: str, hub_id: str, options: str = "") -> str:
-    """Describes a companion folder that is missing, with the command that downloads it."""
+def describe_missing(place: Path, hub_id: str, files: Sequence[str] = ()) -> str:
+    """Describes a companion folder that is missing, with the command that downloads it.
+
+    `files` are those to download, and the first of them is missing; () stands for the whole folder.
+    """
     return (
-        f"{folder / name}: not found, inside of the model's folder or beside it; run "
-        f"`hf download {hub_id}{options} --local-dir {folder / name}`, or copy the folder there"
+        f"{place / files[0] if files else place}: not found, inside of the model's folder or "
+        f"beside it; run `{' '.join(['hf download', hub_id, *files])} --local-dir {place}`, or "
+        "copy the folder there"
     )
 
 
@@ -40,7 +44,7 @@ def join_parts(store: Store, kind: NetworkKind, folder: Path) -> Store:
     for part in (kind.parts or ())[1:]:
         place = find_companion(folder, part.folder)
         if place is None:
-            raise InputError(describe_missing(folder, part.folder, part.hub_id))
+            raise InputError(describe_missing(folder / part.folder, part.hub_id))
         store = JoinedStore(store, PrefixedStore(open_any_store(place), part.prefix))
     return store
 

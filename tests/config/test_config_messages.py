@@ -78,7 +78,7 @@ def refuse(tmp_path, monkeypatch):
         # nothing near
         ("model.bar=1", f"model.bar: unknown key; known in model: {MODEL_KEYS}"),
         ("sft.foo=1",
-         "sft.foo: unknown key; known in sft: tasks, caption_column, t2i_weight, redraw"),
+         "sft.foo: unknown key; known in sft: tasks, caption_column, t2i_weight, released, redraw"),
         ("lora.xyz=1", "lora.xyz: unknown key; known in lora: rank, alpha, targets"),
     ],
 )  # fmt: skip

@@ -44,7 +44,7 @@ SELF = ("self_qa", "self_sft", "self_sft_through")
 DEVICES = (1, 2, 4, 8)
 # 12 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
 # few configs set one. 3 belong to models that draw the codes of an image in any order.
-MAX_OPTIONS = 125
+MAX_OPTIONS = 126
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".html")
 
@@ -333,22 +333,22 @@ def test_training_on_own_images_differs_in_the_stage_alone():
 
 @pytest.mark.parametrize("name", PAPER)
 def test_batches_split_over_up_to_eight_devices(name):
-    config = load(name)
-    sizes = (
-        config.train.prompts_per_step,
-        config.train.micro_batch or config.train.prompts_per_step,
-        config.rollout.batch_prompts or config.train.prompts_per_step,
-        config.eval.batch_prompts,
-    )
-    assert all(size % devices == 0 for size in sizes for devices in DEVICES)
+    for config in load_runs(name):
+        sizes = (
+            config.train.prompts_per_step,
+            config.train.micro_batch or config.train.prompts_per_step,
+            config.rollout.batch_prompts or config.train.prompts_per_step,
+            config.eval.batch_prompts,
+        )
+        assert all(size % devices == 0 for size in sizes for devices in DEVICES)
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_prompt_and_completion_fit_the_models_positions(name):
-    config = load(name)
-    model = network.PRESETS["janus-pro-7b" if "7b" in name else "janus-pro-1b"]
-    longest = max(config.rollout.max_new_tokens, model.num_image_tokens)
-    assert config.data.max_prompt_length + longest <= model.llama.max_position_embeddings
+    for config in load_runs(name):
+        model = network.PRESETS["janus-pro-7b" if "7b" in name else "janus-pro-1b"]
+        longest = max(config.rollout.max_new_tokens, model.num_image_tokens)
+        assert config.data.max_prompt_length + longest <= model.llama.max_position_embeddings
 
 
 @pytest.mark.parametrize("name", FILES)

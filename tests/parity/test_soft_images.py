@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from corl_jax.params import leaf_paths
 from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, StraightThrough
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.image_settings import ImageSettings
-from corl_jax.policies.janus.soft_images import choose_vectors, draw_noise, score_codes
+from corl_jax.policies.soft_choices import choose_vectors, draw_noise, score_codes
 from corl_jax.tasks import TASKS
 from corl_jax.train import step
 from tests.parity import torch_janus
@@ -201,9 +200,7 @@ def test_vectors_are_those_of_the_codes_and_the_code_book_learns_from_the_chosen
     options = LogprobOptions(SPECIAL, chunk=6, straight_through=StraightThrough(False, TAU))
 
     def choose(states, book):
-        vqmodel = types.SimpleNamespace(codebook=lambda: book)
-        model = types.SimpleNamespace(image_logits=lambda x: x @ head, vqmodel=vqmodel)
-        return choose_vectors(model, states, codes, keys, options)[0]
+        return choose_vectors(lambda x: x @ head, book, states, codes, keys, options)[0]
 
     def define(states, book):
         noise = draw_noise(keys, jnp.arange(7), 5)

@@ -137,9 +137,9 @@ def params_of(model: torch.nn.Module, renames: Renames = RENAMES) -> dict:
     return _nested(model, lambda parameter: parameter, renames)
 
 
-def gradients_of(model: torch.nn.Module) -> dict:
+def gradients_of(model: torch.nn.Module, renames: Renames = RENAMES) -> dict:
     """The model's gradients, laid out like its weights; zeros where torch has none."""
-    return _nested(model, lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+    return _nested(model, lambda p: torch.zeros_like(p) if p.grad is None else p.grad, renames)
 
 
 def _nested(model: torch.nn.Module, value: Callable, renames: Renames = RENAMES) -> dict:

@@ -27,11 +27,12 @@ from corl_jax.policies.janus import network as janus_network
 from corl_jax.policies.janus import sampling
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.policies.show_o import masks
 from corl_jax.rewards import captions, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY
 from corl_jax.rewards.samples import Network
-from corl_jax.tasks import TEXT
+from corl_jax.tasks import CODES, TEXT
 from corl_jax.types import Segment
 from corl_jax.weights.layouts import KINDS
 from tests.support.tolerances import LOGPROBS
@@ -50,12 +51,21 @@ from tools.bench import (
     vocabularies,
 )
 from tools.bench.ceilings import Ceilings
-from tools.bench.cost import Work, count_step_bytes, count_training_operations
+from tools.bench.cost import (
+    Costs,
+    Work,
+    count_drawing_operations,
+    count_forward_operations,
+    count_step_bytes,
+    count_training_operations,
+)
+from tools.bench.families import describe_janus
 from tools.bench.setting import Setting
-from tools.bench.sizes import PARTS, SIZES
+from tools.bench.sizes import PARTS, SHOW_O_PARTS, SIZES
 from tools.bench.timing import Record, Timing
 
 PROMPTS, GROUP = 2, 2
+SLOW = pytest.mark.slow
 TINY = ["--size", "tiny", "--prompts", str(PROMPTS), "--group", str(GROUP), "--repeats", "1"]
 SPECIAL = SpecialTokens(bos=1, eos=2, pad=0, boi=3, eoi=4, image=5)
 
@@ -77,7 +87,7 @@ def found(lines):
 def published(name: str, folder: Path) -> Setting:
     """8 x 8 of a size, with ceilings of 1."""
     size = SIZES[name]
-    processor = vocabularies.write_processor(folder / name, size.janus)
+    processor = size.measured.write_processor(folder / name, size.policy)
     mesh = make_mesh(devices=jax.local_devices()[:1])
     return Setting(
         size=size, prompts=8, group=8, repeats=1, micro_batch=None, remat="full", attention="xla",
@@ -186,7 +196,7 @@ def test_the_peer_does_the_same_work(lines, found):
         "text": ("transformers generate",),
         "train": ("eager step",),
     }.items():
-        ours = found[part, versus.OURS[part]]
+        ours = found[part, versus.OURS["janus"][part]]
         for name in names:
             theirs, rates = found[part, name], ("images_per_s", "tokens_per_s")
             times = theirs["median_s"] / ours["median_s"]
@@ -304,7 +314,7 @@ def test_both_layouts_draw_the_same(monkeypatch):
     command.main(["--size", "tiny", "--parts", "layouts", *small])
     assert len(drawn) == 2 and len(asked) == 1
     matrices = [names for names in laid_out if names[0] != "batch"]
-    assert len(matrices) == 4 * SIZES["tiny"].janus.llama.num_layers, "of one of the two alone"
+    assert len(matrices) == 4 * SIZES["tiny"].policy.llama.num_layers, "of one of the two alone"
     assert (drawn[0] == drawn[1]).mean() > 0.5, "rounding alone parts them"
 
 
@@ -360,6 +370,8 @@ def test_calls_with_the_same_bits_are_told_from_others(monkeypatch, capsys):
         (["--mesh", "data=2", "--parts", "rewards"], "--parts: found rewards, measured on one"),
         (["--mesh", "data=2", "--peer", "transformers"], "--peer: PyTorch runs on one device"),
         (["--parts", "layouts"], "--parts: found layouts; give --mesh fsdp=N"),
+        (["--parts", "forward"], "--parts: found forward, which no janus has"),
+        (["--size", "show-o-tiny", "--parts", "rewards,vq"], "found rewards, which no show_o has"),
         (["--mesh", "data=64", "--prompts", "64"], "asks for 64 devices of the 8 here"),
     ],
 )
@@ -469,6 +481,7 @@ def test_a_mask_that_shows_padding_is_noticed(tmp_path):
         prompts = correctness.make_prompts(setting, "t2i")
         assert prompts.attention_mask[0].all() and not prompts.attention_mask[-1].all()
         tokens = np.arange(64, dtype=np.int32).reshape(4, 16)  # a shape that is compiled already
+        tokens = Segment(CODES, tokens, tokens >= 0)
         right = score("t2i", prompts, tokens)
         shown = dataclasses.replace(prompts, attention_mask=np.ones_like(prompts.attention_mask))
         wrong = score("t2i", shown, tokens)
@@ -477,7 +490,7 @@ def test_a_mask_that_shows_padding_is_noticed(tmp_path):
 
 
 def test_the_shorter_prompt_alone_is_all_its_tokens():
-    prompts = inputs.make_questions(SIZES["tiny"].janus, SPECIAL, 3, 26, seed=1)
+    prompts = inputs.make_questions(SIZES["tiny"], SPECIAL, 3, 26, seed=1)
     alone = correctness.remove_padding(prompts, -1)
     kept = prompts.attention_mask[-1].sum()
     assert alone.input_ids.shape == alone.attention_mask.shape == (1, kept)
@@ -551,25 +564,26 @@ def test_work_by_hand():
         vq=VQConfig(num_embeddings=13, channel_multiplier=(1,), num_res_blocks=1),
         image_token_embed=6,
     )  # fmt: skip
+    costs = describe_janus(config)
     layers = 2 * (3 * (28 + 14 + 14 + 28) + 3 * 3 * 5)
     text, image = Work("mm2t", 2, 3, 10, 4), Work("t2i", 2, 3, 10, 4, guided=True)
     token = 2 * 2 * 2 * 14  # keys and values, of bfloat16, in two layers
-    assert count_step_bytes(config, text, shared=False) == 2 * (layers + 3 * 11) + token * 6 * 12
-    assert count_step_bytes(config, text, shared=True) == 2 * (layers + 3 * 11) + token * (20 + 12)
+    assert count_step_bytes(costs, text, shared=False) == 2 * (layers + 3 * 11) + token * 6 * 12
+    assert count_step_bytes(costs, text, shared=True) == 2 * (layers + 3 * 11) + token * (20 + 12)
     head = 3 * 6 + 6 * 13
-    assert count_step_bytes(config, image, shared=False) == 2 * (layers + head) + token * 12 * 12
-    assert count_step_bytes(config, image, shared=True) == 2 * (layers + head) + token * (40 + 24)
+    assert count_step_bytes(costs, image, shared=False) == 2 * (layers + head) + token * 12 * 12
+    assert count_step_bytes(costs, image, shared=True) == 2 * (layers + head) + token * (40 + 24)
     operations = 6 * layers * 6 * 14 + 6 * 33 * 24 + 12 * 2 * 28 * 6 * 14**2 / 2
-    assert count_training_operations(config, (text,), shared=False) == operations
+    assert count_training_operations(costs, (text,), shared=False) == operations
     pairs = 2 * 50 + 6 * (40 + 8)
     operations = 6 * layers * (20 + 24) + 6 * 33 * 24 + 12 * 2 * 28 * pairs
-    assert count_training_operations(config, (text,), shared=True) == operations
+    assert count_training_operations(costs, (text,), shared=True) == operations
     llama = config.llama
     adapted = janus_network.add_adapters(config, Lora(3, 6.0, ("q_proj", "down_proj")))
     wide = llama.num_heads * llama.head_dim
     adapters = 3 * llama.num_layers * (2 * llama.hidden_size + wide + llama.intermediate_size)
     operations = (4 * layers + 6 * adapters) * 44 + 4 * 33 * 24 + 12 * 2 * 28 * pairs
-    assert count_training_operations(adapted, (text,), shared=True) == operations
+    assert count_training_operations(describe_janus(adapted), (text,), shared=True) == operations
 
 
 def test_work_of_the_published_size():
@@ -577,16 +591,16 @@ def test_work_of_the_published_size():
     size = SIZES["1b"]
     image = Work("t2i", 8, 8, size.image_prompt, 576, guided=True)
     text = Work("mm2t", 8, 8, size.text_prompt, size.new_tokens)
-    assert count_step_bytes(size.janus, image, shared=False) == pytest.approx(10.80e9, rel=2e-3)
-    assert count_step_bytes(size.janus, text, shared=False) == pytest.approx(14.613e9, rel=1e-4)
-    assert count_step_bytes(size.janus, text, shared=True) == pytest.approx(7.170e9, rel=1e-4)
+    assert count_step_bytes(size.costs, image, shared=False) == pytest.approx(10.80e9, rel=2e-3)
+    assert count_step_bytes(size.costs, text, shared=False) == pytest.approx(14.613e9, rel=1e-4)
+    assert count_step_bytes(size.costs, text, shared=True) == pytest.approx(7.170e9, rel=1e-4)
     works = (Work("t2i", 8, 8, 40, 576), Work("mm2t", 8, 8, 676, 256))
-    operations = count_training_operations(size.janus, works, shared=False)
+    operations = count_training_operations(size.costs, works, shared=False)
     assert operations == pytest.approx(783e12, rel=5e-3)
 
 
 def test_prompts_are_left_padded_and_hold_one_picture():
-    config = SIZES["tiny"].janus
+    config = SIZES["tiny"]
     drawing = inputs.make_image_prompts(config, SPECIAL, 5, 12)
     asking = inputs.make_questions(config, SPECIAL, 5, 26)
     for prompts in (drawing, asking):
@@ -623,16 +637,133 @@ def test_a_made_up_caption_is_as_many_tokens_again(tmp_path):
     assert similarity._tokenize(network, [said], 64)[said] == [101, *ids, 102]
 
 
-@pytest.mark.parametrize("name", ["1b", pytest.param("7b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["1b", *(pytest.param(x, marks=SLOW) for x in ("7b", "show-o-512"))]
+)
 def test_published_sizes_trace(name, tmp_path):
     setting = published(name, tmp_path)
-    params = janus_network.abstract(setting.size.janus)
-    for task, length in (("t2i", 576), ("mm2t", 512)):
+    params = setting.size.family.abstract(setting.size.policy)
+    size = setting.size
+    for task, length in (("t2i", size.limits.image_tokens), ("mm2t", size.new_tokens)):
         prompts = generation.make_prompts(setting, task)
         keys = jax.eval_shape(lambda: generation.make_keys(setting, task))  # noqa: B023
         rollout = jax.eval_shape(generation.make_samplers(setting)[task], params, prompts, keys)
         assert rollout.values.shape == (64, length)
-    assert prompts.input_ids.shape == (8, 676)
+    assert prompts.input_ids.shape == (8, size.text_prompt)
+
+
+# ---- Show-o
+
+
+def measure_show_o(out: Path, *arguments: str) -> dict[tuple[str, str], dict]:
+    """What a run at tiny size writes, PyTorch's with it."""
+    command.main(["--size", "show-o-tiny", *TINY[2:], *arguments, "--out", str(out)])
+    _, *lines = (json.loads(line) for line in out.read_text().splitlines())
+    return {(line["part"], line["name"]): line for line in lines}
+
+
+def test_a_show_o_is_measured_against_the_rate_of_products(tmp_path):
+    found = measure_show_o(tmp_path / "bench.jsonl", "--parts", "forward,image")
+    products = next(line for line in found.values() if "tflop_per_s" in line)["tflop_per_s"]
+    forward, drawing = found["forward", "texts and images to logits"], found["image", "tokens"]
+    for line in (forward, drawing):
+        assert line["mfu"] == pytest.approx(line["tflop"] / products / line["median_s"])
+    assert drawing["steps"] == 4 and drawing["ms_per_step"] * 4 == pytest.approx(
+        1e3 * drawing["median_s"]
+    )
+    tokens = PROMPTS * 12 + PROMPTS * GROUP * 18
+    assert forward["tokens_per_s"] * forward["median_s"] == pytest.approx(tokens)
+
+
+@pytest.mark.slow
+def test_all_parts_of_a_show_o(tmp_path):
+    """Sampler and trainer agree, and PyTorch does the same work."""
+    found = measure_show_o(tmp_path / "bench.jsonl", "--peer", "transformers")
+    assert {part for part, _ in found} == {"ceiling", *SHOW_O_PARTS}
+    for which in ("t2i, float32: cached", "t2i, float32: one_shot", "mm2t, float32: padded"):
+        assert found["correctness", which]["difference_max"] < LOGPROBS
+    assert found["correctness", "t2i, float32: padded"]["greedy_agreement"] == 1
+    for task in ("t2i", "mm2t"):
+        line = found["gradients", task]
+        assert 1e-4 < line["error"] == line["error_xla"] < 0.05
+        assert 1e-5 < line["value"] < line["value_max"] < 0.05
+        assert found["iteration", "rollouts and update"][f"{task}_logp_difference"] < 0.05
+    for part, name in (("image", "eager loop"), ("text", "eager loop"), ("train", "eager step")):
+        ours, theirs = found[part, versus.OURS["show_o"][part]], found[part, name]
+        times = theirs["median_s"] / ours["median_s"]
+        assert ours[f"times_{name.replace(' ', '_')}"] == pytest.approx(times)
+    assert found["train", "optimizer step"]["programs"] == 1
+
+
+def test_work_of_a_published_show_o():
+    """Against the table of costs that was worked out apart from this code, in TFLOP."""
+    for name, steps, forward, picture in (("256", 16, 0.81, 26), ("512", 50, 2.9, 290)):
+        size = SIZES[f"show-o-{name}"]
+        costs = size.costs
+        assert costs.layer_weights == pytest.approx(1.2085e9, rel=1e-3)
+        image = Work("t2i", 1, 1, 65, size.limits.image_tokens)
+        assert count_forward_operations(costs, image, True) / 1e12 == pytest.approx(
+            forward, rel=0.03
+        )
+        drawn = count_drawing_operations(costs, dataclasses.replace(image, guided=True), steps)
+        # The table repeats the text in each step: S / L of the work.
+        repeated = 1 + 65 / size.limits.image_tokens
+        assert drawn * repeated / 1e12 == pytest.approx(picture, rel=0.03)
+        trained = count_training_operations(costs, (image,), True) / 1e12
+        assert trained == pytest.approx(3 * forward, rel=0.03)
+
+
+def test_an_image_sees_all_of_itself_by_hand():
+    costs = Costs(
+        layers=2, layer_weights=100, query_width=3, key_width=3, heads={"t2i": 7, "mm2t": 11},
+        any_order=True, borders=2, front=4,
+    )  # fmt: skip
+    image, text = Work("t2i", 2, 3, 5, 8), Work("mm2t", 2, 3, 6, 4)
+    # 2 prompts of 5 tokens, and 6 images of 10 that see them and themselves; 8 codes are scored
+    pairs = 2 * 5**2 / 2 + 6 * 10 * (5 + 10)
+    expected = 2 * 100 * (10 + 60) + 2 * 7 * 48 + 4 * 2 * 3 * pairs
+    assert count_forward_operations(costs, image, shared=True) == expected
+    pairs = 2 * (6**2 + 4**2) / 2 + 6 * 4 * (6 + 4 / 2)
+    expected = 2 * 100 * (12 + 24) + 2 * 11 * 24 + 4 * 2 * 3 * pairs
+    assert count_forward_operations(costs, text, shared=True) == expected
+    texts = 2 * 100 * 10 + 4 * 2 * 3 * 2 * 5**2 / 2
+    each = count_forward_operations(costs, image, shared=True) - texts
+    assert count_drawing_operations(costs, image, 3) == texts + 3 * each
+
+
+def test_prompts_of_a_show_o(tmp_path):
+    size = SIZES["show-o-tiny"]
+    special = size.measured.write_processor(tmp_path / "words", size.policy).special
+    drawing = inputs.make_image_prompts(size, special, 5, 12)
+    asking = inputs.make_questions(size, special, 5, 29)
+    for prompts in (drawing, asking):
+        assert ((prompts.input_ids != special.pad) == prompts.attention_mask).all()
+        assert prompts.attention_mask[0].all() and not prompts.attention_mask.all()
+    assert drawing.input_ids[0, :2].tolist() == [special.t2i, special.eos]
+    assert (drawing.input_ids[:, -1] == special.eos).all()
+    front = [special.mmu, special.soi, *[special.mask] * 16, special.eoi, special.eos]
+    assert asking.input_ids[0, :20].tolist() == front
+    (segment,) = inputs.make_task_batch(size, special, drawing, 3, 16).segments
+    assert segment.replay["noise_keys"].shape == (15, 2)
+    assert segment.values.max() < 512
+
+
+def test_masks_of_the_peer_are_those_of_a_show_o(tmp_path):
+    import torch
+
+    from tools.bench.peer import show_o
+
+    size = SIZES["show-o-tiny"]
+    special = size.measured.write_processor(tmp_path / "words", size.policy).special
+    drawing = torch.from_numpy(inputs.make_image_prompts(size, special, 3, 12).input_ids)
+    ids = show_o.add_image(drawing, torch.full((3, 16), special.mask), special)
+    seen = show_o.make_mask(ids, special, "t2i")[:, 0] == 0
+    expected = np.array(masks.make_generation_mask(ids.numpy(), special))
+    real = ids.numpy() != special.pad
+    assert (seen.numpy() == expected)[real].all()
+    asking = torch.from_numpy(inputs.make_questions(size, special, 3, 29).input_ids[:1])
+    seen = show_o.make_mask(asking, special, "mm2t")[:, 0] == 0
+    assert (seen.numpy() == np.array(masks.make_question_mask(asking.numpy(), special))).all()
 
 
 # ---- gradients

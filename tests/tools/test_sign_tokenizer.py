@@ -75,7 +75,7 @@ def start(tmp_path_factory):
 def test_the_start_of_a_show_o_draws_pictures_from_signs(start):
     before = pictures(8)
     after = roundtrip.reconstruct(start, before)
-    # A white image has 0.2.
+    # A white image has 0.28.
     assert np.sqrt(((after.astype(float) - before) ** 2).mean()) / 255 < 0.13
 
 

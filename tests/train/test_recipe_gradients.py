@@ -39,7 +39,9 @@ def score(sizes, params, prompts, segments, options):
 
 FAMILY: Any = SimpleNamespace(
     cast=lambda params, dtype: params,
-    turns={((kind,),): SimpleNamespace(logprobs=score) for kind in (CODES, TEXT)},
+    turns={
+        ((kind,),): SimpleNamespace(logprobs=score, choose_scored=None) for kind in (CODES, TEXT)
+    },
 )
 
 

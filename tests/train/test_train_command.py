@@ -969,7 +969,7 @@ def test_an_export_that_transformers_cannot_express(options, model, tmp_path, ca
     )  # fmt: skip
     tree = options(model={"path": str(folder)}, export={"layout": "transformers"})
     (line,) = refused(capsys, tree, "--check")
-    assert "export: image_token_embed is 48" in line
+    assert "export.layout: image_token_embed is 48" in line
     train(tree, "--check", "export.layout=original")
 
 

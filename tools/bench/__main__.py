@@ -4,10 +4,12 @@
     python -m tools.bench --size 7b --parts image,text --prompts 1
     python -m tools.bench --parts image,text,train --peer transformers
     python -m tools.bench --size tiny                     # everything, on a CPU
+    python -m tools.bench --size show-o-256 --peer transformers
 
 Parts: rewards, image and text (rollouts), vq (codes to pixels), train (one optimizer step),
-iteration (rollouts and step), correctness (do samplers and trainer agree), gradients (are the
-gradients of the update's attention right). Only if named: bits (does each call give the same bits),
+iteration (rollouts and step), correctness (do samplers and trainer agree), gradients (are log-probs
+and gradients of the update's attention right); of Show-o, without rewards, also forward (one pass)
+and logprobs. Only if named: logprobs of the other sizes, bits (does each call give the same bits),
 self_qa, self_sft and self_sft_through (one optimizer step on own images), detector (GenEval's, in
 images/s), builds (the image sampler with each set of compiler options) and, on a mesh with fsdp,
 layouts (decoding with matrices gathered, and split as in training).
@@ -23,8 +25,8 @@ The benchmark uses one device, or those of --mesh, laid out as in the training c
     python -m tools.bench --size 7b --parts train,iteration --mesh fsdp=4 --prompts 32
 
 With --peer the same image, text and train are measured in PyTorch first, with transformers' Janus
-and as the reference writes them. `times_...` in this project's figures is PyTorch's seconds over
-its own.
+or Phi and as the reference writes them. `times_...` in this project's figures is PyTorch's seconds
+over its own.
 """
 
 from __future__ import annotations
@@ -55,8 +57,6 @@ from corl_jax.input_files import parse_path
 from corl_jax.models.attention import KERNELS, AttentionKernel, can_run, choose_training_kernel
 from corl_jax.models.lora import Lora
 from corl_jax.nearest import nearest_multiples
-from corl_jax.policies.janus import network
-from corl_jax.policies.janus.layout import ADAPTER_TARGETS
 from tools.bench import (
     bits,
     builds,
@@ -66,21 +66,23 @@ from tools.bench import (
     gradients,
     layouts,
     own_images,
+    passes,
     scoring,
     training,
     versus,
 )
 from tools.bench.ceilings import measure_ceilings
 from tools.bench.setting import COMPUTE, Setting
-from tools.bench.sizes import SIZES
+from tools.bench.sizes import SIZES, Size
 from tools.bench.timing import HEADER, Record
-from tools.bench.vocabularies import write_processor
 
 RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "rewards": scoring.measure_rewards,
+    "forward": passes.measure_forward,
     "image": generation.measure_image,
     "text": generation.measure_text,
     "vq": generation.measure_vq,
+    "logprobs": passes.measure_logprobs,
     "train": training.measure_train,
     "iteration": training.measure_iteration,
     "correctness": correctness.measure_correctness,
@@ -94,6 +96,7 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
 ALONE = ("rewards", "correctness", "gradients", "detector")  # parts for one device
 SPLIT = ("layouts",)  # parts for a mesh that splits matrices
 WITH_ADAPTERS = ("train", "iteration", "image", "text", "gradients")  # parts that --lora changes
+PASSES = ("forward", "logprobs")  # --lora changes these too; they are no usual parts of every size
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
 
@@ -188,7 +191,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         problems.append(
             f"--micro-batch: found {args.micro_batch}, which does not divide {args.prompts} prompts"
         )
-    without = [part for part in args.parts if args.lora and part not in WITH_ADAPTERS]
+    size = SIZES[args.size]
+    problems += [
+        f"--parts: found {part}, which no {size.model} has"
+        for part in args.parts
+        if part in size.measured.lacks
+    ]
+    adapted = (*WITH_ADAPTERS, *PASSES)
+    without = [part for part in args.parts if args.lora and part not in adapted]
     if without:
         problems.append(
             f"--lora: has no effect on {', '.join(without)}; give --parts {','.join(WITH_ADAPTERS)}"
@@ -205,7 +215,7 @@ def choose_attention(args: argparse.Namespace) -> AttentionKernel:
 
     Raises: InputError for a kernel that the device cannot run.
     """
-    head_dim = SIZES[args.size].janus.llama.head_dim
+    head_dim = SIZES[args.size].limits.head_dim
     if args.attention == "auto":
         return choose_training_kernel(COMPUTE, head_dim)
     if not can_run(args.attention, COMPUTE, head_dim):
@@ -276,6 +286,14 @@ def describe_environment(argv: list[str], mesh: str) -> dict[str, Any]:
     }
 
 
+def add_adapters(size: Size, rank: int) -> Size:
+    """Returns the size with adapters in all projections of the language model."""
+    adapters = size.family.adapters
+    assert adapters is not None
+    lora = Lora(rank, 2.0 * rank, adapters.targets)
+    return dataclasses.replace(size, policy=adapters.add(size.policy, lora))
+
+
 def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
     """Measures the parts one after another; returns those that did not fit into memory."""
     size, failed, axes = SIZES[args.size], [], parse_axes(args.mesh)
@@ -296,13 +314,11 @@ def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list
             size=size, prompts=args.prompts, group=args.group, repeats=args.repeats,
             micro_batch=args.micro_batch, remat=args.remat, attention=attention,
             pixel_dtype=jnp.dtype(args.pixel_dtype), offload=args.offload, folder=Path(folder),
-            processor=write_processor(Path(folder) / "janus", size.janus), mesh=mesh,
-            ceilings=rates, trace=args.trace,
+            processor=size.measured.write_processor(Path(folder) / "policy", size.policy),
+            mesh=mesh, ceilings=rates, trace=args.trace,
         )  # fmt: skip
         if args.lora:
-            adapters = Lora(args.lora, 2.0 * args.lora, ADAPTER_TARGETS)
-            adapted = dataclasses.replace(size, janus=network.add_adapters(size.janus, adapters))
-            setting = dataclasses.replace(setting, size=adapted)
+            setting = dataclasses.replace(setting, size=add_adapters(size, args.lora))
         for part in args.parts:
             try:
                 for record in RUNS[part](setting):

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from corl_jax.policies.janus.images import decode_images
 from corl_jax.runs.fingerprints import fingerprint_tree
 from tools.bench.generation import STREAMS, make_codes, make_keys, make_prompts, make_samplers
 from tools.bench.setting import COMPUTE, Setting
@@ -35,7 +34,7 @@ def _measure_samplers(setting: Setting) -> Iterator[Record]:
         sample = functools.partial(sampler_of[task], params, prompts, make_keys(setting, task))
         yield repeat_call(setting, f"rollout {task}", sample)
     decode = functools.partial(
-        decode_images, setting.size.janus, params, make_codes(setting),
+        setting.size.family.decode_images, setting.size.policy, params, make_codes(setting),
         dtype=setting.pixel_dtype,
     )  # fmt: skip
     yield repeat_call(setting, "pixels", decode)

@@ -1,70 +1,52 @@
-"""Counts the work that the mathematics needs: bytes of a decode step, operations of an update.
+"""Counts the work that the mathematics needs: bytes of a decode step, operations of passes.
 
-In the language model D is the width, F that of its feed-forward, L the layers, H the heads' total
-width (K that of the keys), V the text vocabulary, C the image codes and W the inner width of the
-image head. A prompt has P tokens, an answer T.
+In the language model D is the width, L the layers, H the heads' total width, K that of the keys, N
+the weights of all layers, without norms, and `head` those of the head that scores a task. A prompt
+has P tokens, an answer T.
 
 Decode step, bytes that must be read, weights and keys and values in bfloat16:
 
-    2 (L (D H + 2 D K + H D + 3 D F) + head)            every weight once; head = D V or D W + W C
+    2 (N + head)                                        every weight once
     + 4 L K * rows * (P + T / 2)                        each row's own keys and values, on average
     or 4 L K * (prompts * P + rows * T / 2)             the prompt's read once for its whole group
 
-Training step, operations; the backward pass counts twice the forward, recomputation not at all:
+Forward pass, operations; a backward pass counts twice as many, recomputation not at all:
 
-    6 N * tokens read + 6 head * tokens scored          N: weights of the layers
-    + 12 L H * pairs of a query and a key that it sees
+    2 N * tokens read + 2 head * tokens scored + 4 L H * pairs of a query and a key that it sees
 
-With A weights of adapters the frozen matrices have no gradient: 4 instead of 6, and
-6 A * tokens read in addition.
+With A weights of adapters 2 A * tokens read are added. The frozen matrices then have no gradient:
+their backward pass counts once.
 
-A pair is two products of the forward pass, 2 H operations each. A prompt has P^2 / 2 pairs, an
-answer T P + T^2 / 2. `shared`: each prompt is read once, as in this project; otherwise once for
-every answer, as in the reference.
+A pair is two products, 2 H operations each. A prompt has P^2 / 2 pairs, an answer T P + T^2 / 2.
+Where tokens see all of their part, as an image that is drawn in any order does, they have twice the
+pairs inside of it. `shared`: each prompt is read once, as in this project; otherwise once for every
+answer, as in the reference.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
-
-from corl_jax.params import leaf_paths
-from corl_jax.policies.janus import network
-from corl_jax.policies.janus.layout import ADAPTER_PATHS
-from corl_jax.policies.janus.network import JanusConfig
+from collections.abc import Mapping
 
 BYTES = 2  # of a bfloat16
+IMAGE = "t2i"
+"""The task whose completions are images."""
 
 
-def count_layer_weights(config: JanusConfig) -> int:
-    """Counts the weights of all layers of the language model, without norms."""
-    llama = config.llama
-    # Queries and output have the heads' total width, keys and values that of their heads.
-    queries, keys = (n * llama.head_dim for n in (llama.num_heads, llama.num_kv_heads))
-    attention = llama.hidden_size * (2 * queries + 2 * keys)
-    return llama.num_layers * (attention + 3 * llama.hidden_size * llama.intermediate_size)
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What the work of a language model depends on."""
 
-
-def count_adapter_weights(config: JanusConfig) -> int:
-    """Counts the weights of the low-rank adapters of all layers."""
-    leaves = leaf_paths(network.abstract(config))
-    return sum(math.prod(x.shape) for path, x in leaves if re.fullmatch(ADAPTER_PATHS, path))
-
-
-def count_head_weights(config: JanusConfig, task: str) -> int:
-    """Counts the weights of the head that computes a task's logits, `t2i` or `mm2t`."""
-    width = config.llama.hidden_size
-    if task == "mm2t":
-        return width * config.llama.vocab_size
-    # Two layers: from the model's width to the inner one, and from there to the codes.
-    return config.image_token_embed * (width + config.vq.num_embeddings)
-
-
-def count_cache_bytes(config: JanusConfig) -> int:
-    """Counts the bytes of one token's keys and values in all layers."""
-    llama = config.llama
-    return 2 * BYTES * llama.num_layers * llama.num_kv_heads * llama.head_dim
+    layers: int
+    layer_weights: int  # N
+    query_width: int  # H
+    key_width: int  # K
+    heads: Mapping[str, int]  # task -> weights of the head that computes its logits
+    adapter_weights: int = 0  # A
+    # An image is drawn in any order: it sees all of itself, also as the front of a question.
+    any_order: bool = False
+    borders: int = 0  # tokens around the codes of an image that are read with them
+    front: int = 0  # tokens of a question that see each other in both directions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,27 +65,71 @@ class Work:
         return self.prompts * self.group * (1 + self.guided)
 
 
-def count_step_bytes(config: JanusConfig, work: Work, shared: bool) -> int:
+def count_step_bytes(costs: Costs, work: Work, shared: bool) -> int:
     """Counts the bytes of a decode step with a cache of mean length; see the formulas above."""
-    weights = BYTES * (count_layer_weights(config) + count_head_weights(config, work.task))
+    weights = BYTES * (costs.layer_weights + costs.heads[work.task])
     prompts = work.prompts * (1 + work.guided) if shared else work.rows
     # On average half of an answer is in the cache.
     tokens = prompts * work.prompt + work.rows * work.length / 2
-    return round(weights + count_cache_bytes(config) * tokens)
+    return round(weights + 2 * BYTES * costs.layers * costs.key_width * tokens)
 
 
-def count_training_operations(config: JanusConfig, works: tuple[Work, ...], shared: bool) -> float:
+@dataclasses.dataclass(frozen=True)
+class _Operations:
+    """Operations of forward passes, by what their backward passes cost."""
+
+    weights: float = 0.0
+    others: float = 0.0  # of adapters, and of pairs of queries and keys
+
+    def __add__(self, other: _Operations) -> _Operations:
+        return _Operations(self.weights + other.weights, self.others + other.others)
+
+    @property
+    def forward(self) -> float:
+        return self.weights + self.others
+
+
+def _count_pass(
+    costs: Costs, read: float, pairs: float, head: int = 0, scored: float = 0.0
+) -> _Operations:
+    products = 2 * (costs.layer_weights * read + head * scored)
+    attention = 4 * costs.layers * costs.query_width * pairs
+    return _Operations(products, 2 * costs.adapter_weights * read + attention)
+
+
+def _count_prompts(costs: Costs, work: Work, shared: bool) -> _Operations:
+    """Counts the operations of reading the prompts."""
+    prompts = work.prompts * (1 + work.guided) if shared else work.rows
+    front = 0 if work.task == IMAGE else costs.front
+    # Causal: a token sees the tokens before it, half of all pairs.
+    return _count_pass(costs, prompts * work.prompt, prompts * (work.prompt**2 + front**2) / 2)
+
+
+def _count_completions(costs: Costs, work: Work) -> _Operations:
+    """Counts the operations of reading the completions behind their prompts, and of their head."""
+    is_image = work.task == IMAGE
+    length = work.length + (costs.borders if is_image else 0)
+    seen = work.prompt + length / (1 if is_image and costs.any_order else 2)
+    return _count_pass(
+        costs, work.rows * length, work.rows * length * seen,
+        costs.heads[work.task], work.rows * work.length,
+    )  # fmt: skip
+
+
+def count_forward_operations(costs: Costs, work: Work, shared: bool) -> float:
+    """Counts the operations of one forward pass over prompts and completions."""
+    return (_count_prompts(costs, work, shared) + _count_completions(costs, work)).forward
+
+
+def count_drawing_operations(costs: Costs, work: Work, steps: int) -> float:
+    """Counts the operations of drawing images in any order: texts once, images in every step."""
+    prompts, images = _count_prompts(costs, work, shared=True), _count_completions(costs, work)
+    return prompts.forward + steps * images.forward
+
+
+def count_training_operations(costs: Costs, works: tuple[Work, ...], shared: bool) -> float:
     """Counts the operations of a forward and a backward pass; see the formulas above."""
-    llama = config.llama
-    adapters, per_weight = count_adapter_weights(config), 4 if llama.lora else 6
-    total = 0.0
+    total = _Operations()
     for work in works:
-        prompts = work.prompts if shared else work.rows
-        read = prompts * work.prompt + work.rows * work.length
-        # Causal: a token sees the tokens before it, half of all pairs.
-        pairs = prompts * work.prompt**2 / 2
-        pairs += work.rows * (work.length * work.prompt + work.length**2 / 2)
-        total += (per_weight * count_layer_weights(config) + 6 * adapters) * read
-        total += per_weight * count_head_weights(config, work.task) * work.rows * work.length
-        total += 12 * llama.num_layers * llama.num_heads * llama.head_dim * pairs
-    return total
+        total += _count_prompts(costs, work, shared) + _count_completions(costs, work)
+    return (2 if costs.adapter_weights else 3) * total.weights + 3 * total.others

@@ -20,7 +20,7 @@ from tools.bench.weights import draw_params
 def measure_detector(setting: Setting) -> Iterator[Record]:
     """Measures images of the model's size for each dtype and number of images at once."""
     config = setting.size.networks["mask2former"]
-    side = setting.size.janus.siglip.image_size
+    side = setting.size.limits.input_image_side
     random = draw_params(modules.make_abstract(Mask2Former, config), 1)
     rng = np.random.default_rng(0)
     for name, dtype in sorted(DTYPES.items()):

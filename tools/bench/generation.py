@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from corl_jax.policies.choices import sample_keys
-from corl_jax.policies.janus import sampling
-from corl_jax.policies.janus.images import decode_images
+from corl_jax.policies.family import SamplingOptions, Unmasking
+from corl_jax.tasks import TASKS
 from corl_jax.types import EncodedPrompts, Segment
 from tools.bench import inputs
-from tools.bench.cost import Work, count_step_bytes
+from tools.bench.cost import Work, count_drawing_operations, count_step_bytes
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 
@@ -33,54 +33,75 @@ def make_prompts(setting: Setting, task: str) -> EncodedPrompts:
     """Returns left-padded prompts on the host."""
     size, special = setting.size, setting.processor.special
     if task == "t2i":
-        return inputs.make_image_prompts(size.janus, special, setting.prompts, size.image_prompt)
-    return inputs.make_questions(size.janus, special, setting.prompts, size.text_prompt)
+        return inputs.make_image_prompts(size, special, setting.prompts, size.image_prompt)
+    return inputs.make_questions(size, special, setting.prompts, size.text_prompt)
 
 
 def make_codes(setting: Setting) -> jax.Array:
     """Returns random codes [N, T] int32 of all completions."""
-    config = setting.size.janus
-    shape = (setting.completions, config.num_image_tokens)
-    codes = np.random.default_rng(0).integers(0, config.vq.num_embeddings, shape)
+    size = setting.size
+    shape = (setting.completions, size.limits.image_tokens)
+    count = size.measured.count_codes(size.policy)
+    codes = np.random.default_rng(0).integers(0, count, shape)
     return setting.place(codes.astype(np.int32))
 
 
-def make_samplers(setting: Setting) -> dict[str, Any]:
-    """Returns task -> (params, prompts, keys) -> Segment, with the options of the paper."""
+def make_sampling_options(setting: Setting, task: str, **changes: Any) -> SamplingOptions:
+    """Returns the options of the paper; answers do not end before they have all their tokens."""
+    options = SamplingOptions(
+        # The end of text is a part of some prompts of images, and no code.
+        special=setting.processor.special if task == "t2i" else setting.endless,
+        max_new_tokens=setting.size.new_tokens, cfg_scale=CFG_SCALE, dtype=COMPUTE,
+        unmasking=Unmasking(setting.size.steps, "none"),
+    )  # fmt: skip
+    return dataclasses.replace(options, **changes)
+
+
+def make_samplers(setting: Setting, **changes: Any) -> dict[str, Any]:
+    """Returns task -> (params, prompts, keys) -> Segment; `changes` are of the options."""
     # Not `policies.turns.sample_turn`, which makes and places keys in each call: here they are made
     # once, so that the time is that of the sampler.
-    images = functools.partial(
-        sampling.sample_images, setting.size.janus,
-        special=setting.endless, cfg_scale=CFG_SCALE, temperature=1.0, dtype=COMPUTE,
-    )  # fmt: skip
-    texts = functools.partial(
-        sampling.sample_text, setting.size.janus, special=setting.endless,
-        max_new_tokens=setting.size.new_tokens, temperature=1.0, dtype=COMPUTE,
-    )  # fmt: skip
-    return {"t2i": images, "mm2t": texts}
+    size = setting.size
+
+    def make(task: str) -> Any:
+        program = size.family.turns[TASKS[task].turn_kinds]
+        options = make_sampling_options(setting, task, **changes)
+
+        def sample(params: Any, prompts: EncodedPrompts, keys: jax.Array) -> Segment:
+            (segment,) = program.sample(size.policy, params, prompts, keys, options)
+            return segment
+
+        return sample
+
+    return {task: make(task) for task in STREAMS}
 
 
 def measure_image(setting: Setting) -> Iterator[Record]:
     """Measures the image rollout: guided tokens alone, and with their pixels on the host.
 
-    Milliseconds a step and the fraction of the roofline are of the tokens, prefill included. The
-    roofline is the time of a step's bytes (see `cost`) at the measured rate of copying.
+    Milliseconds a step are of the tokens, prefill included. So are the fraction of the roofline,
+    which is the time of a step's bytes (see `cost`) at the measured rate of copying, and for codes
+    that are drawn in any order `mfu`, of the operations that the mathematics needs, at the measured
+    rate of products.
     """
     size, params = setting.size, setting.make_policy(COMPUTE)
     prompts, keys = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
     sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, keys)
 
     def sample_pixels() -> np.ndarray:
-        pixels = decode_images(size.janus, params, sample().values, dtype=setting.pixel_dtype)
+        codes = sample().values
+        pixels = size.family.decode_images(size.policy, params, codes, dtype=setting.pixel_dtype)
         # On the host, where rewards read them: the copy is a part of the time.
         return np.asarray(pixels)
 
     tokens = setting.measure("image_tokens", sample)
-    length = size.janus.num_image_tokens
+    length = size.limits.image_tokens
     work = Work("t2i", setting.prompts, setting.group, size.image_prompt, length, guided=True)
-    yield Record(
-        "image", "tokens", tokens, _describe_decoding(setting, work, tokens.median, length)
-    )
+    if size.limits.caches_codes:
+        figures = _describe_decoding(setting, work, tokens.median, length)
+    else:
+        figures = _describe_drawing(setting, work, tokens.median)
+    yield Record("image", "tokens", tokens, figures)
     whole = setting.measure("image", sample_pixels)
     yield Record(
         "image", "tokens and pixels", whole, {"images_per_s": setting.completions / whole.median}
@@ -88,20 +109,16 @@ def measure_image(setting: Setting) -> Iterator[Record]:
 
 
 def measure_text(setting: Setting) -> Iterator[Record]:
-    """Measures the text rollout: all of it, and its first token, which is vision tower and prefill.
+    """Measures the text rollout: all of it, and its first token: reading the image, and prefill.
 
     Milliseconds a step and the fraction of the roofline are of the tokens after the first.
     """
     size, params = setting.size, setting.make_policy(COMPUTE)
     prompts, keys = setting.place(make_prompts(setting, "mm2t")), make_keys(setting, "mm2t")
-    sample = make_samplers(setting)["mm2t"]
-
-    def sample_first() -> Segment:
-        return sample(params, prompts, keys, max_new_tokens=1)
-
-    def sample_answers() -> Segment:
-        return sample(params, prompts, keys)
-
+    sample_first, sample_answers = (
+        functools.partial(make_samplers(setting, max_new_tokens=n)["mm2t"], params, prompts, keys)
+        for n in (1, size.new_tokens)
+    )
     prefill, whole = (
         setting.measure("text_prefill", sample_first),
         setting.measure("text", sample_answers),
@@ -121,10 +138,11 @@ def measure_text(setting: Setting) -> Iterator[Record]:
 
 def measure_vq(setting: Setting) -> Iterator[Record]:
     """Measures codes to pixels, uint8 on the host."""
-    config, params, codes = setting.size.janus, setting.make_policy(COMPUTE), make_codes(setting)
+    size, params, codes = setting.size, setting.make_policy(COMPUTE), make_codes(setting)
 
     def decode() -> np.ndarray:
-        return np.asarray(decode_images(config, params, codes, dtype=setting.pixel_dtype))
+        pixels = size.family.decode_images(size.policy, params, codes, dtype=setting.pixel_dtype)
+        return np.asarray(pixels)
 
     timing = setting.measure("vq", decode)
     rate = setting.completions / timing.median
@@ -139,8 +157,17 @@ def _describe_decoding(setting: Setting, work: Work, seconds: float, steps: int)
     figures: dict[str, Any] = {"ms_per_step": 1e3 * step}
     for name, shared in (("", False), ("_shared_prompt", True)):
         moved = (
-            count_step_bytes(setting.size.janus, device_work, shared) / setting.mesh.shape["tensor"]
+            count_step_bytes(setting.size.costs, device_work, shared) / setting.mesh.shape["tensor"]
         )
         figures[f"gb_per_step{name}"] = moved / 1e9
         figures[f"roofline_fraction{name}"] = moved / setting.ceilings.copy / step
     return figures
+
+
+def _describe_drawing(setting: Setting, work: Work, seconds: float) -> dict[str, Any]:
+    """Returns the cost of drawing images in any order, against the measured rate of products."""
+    steps = setting.size.measured.count_steps(setting.size.policy, setting.unmasking)
+    needed = count_drawing_operations(setting.size.costs, work, steps)
+    return {"steps": steps, "ms_per_step": 1e3 * seconds / steps} | setting.compare_with_products(
+        needed, seconds
+    )

@@ -1,4 +1,4 @@
-"""Checks the gradients of the update's attention against exact ones.
+"""Checks log-probs and gradients of the update's attention against exact ones.
 
 With one update per rollout the value of the loss does not depend on the network. So it cannot show
 an error, and the gradients are compared instead.
@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from corl_jax.algorithms.losses import CLIPPED_POLICY_LOSS, LossConstants
 from corl_jax.params import leaf_paths, partition
 from corl_jax.policies.family import LogprobOptions
-from corl_jax.policies.janus.family import FAMILY
 from corl_jax.train import step
 from corl_jax.types import Params
 from tools.bench import inputs
@@ -29,19 +29,22 @@ def measure_gradients(setting: Setting) -> Iterator[Record]:
 
     `error` is of the update's attention in bfloat16, `error_xla` of XLA's in bfloat16, which a
     correct kernel should not exceed by much. `largest` and `largest_xla` are those of the leaf with
-    the largest error. Exact gradients use float32 products of full precision and XLA's attention.
+    the largest error. `value` and `value_xla` are the mean absolute differences of the log-probs
+    in nats, and `value_max` the largest one. Exact numbers use float32 products of full precision
+    and XLA's attention.
     """
     trained, frozen = partition(setting.make_policy(jnp.float32), trained_patterns(setting))
     for task in STREAMS:
         batch = {task: _make_batch(setting, task)}
         with jax.default_matmul_precision("highest"):
-            exact = _make_gradients(setting, "xla", jnp.float32, task)(trained, frozen, batch)
+            exact = _compute(setting, "xla", jnp.float32, task, (trained, frozen, batch))
         figures: dict[str, Any] = {"attention": setting.attention}
         off = {}
         # A set: with --attention xla the two are the same.
         for kernel in {setting.attention, "xla"}:
-            gradients = _make_gradients(setting, kernel, COMPUTE, task)(trained, frozen, batch)
-            off[kernel] = measure_errors(gradients, exact)
+            found = _compute(setting, kernel, COMPUTE, task, (trained, frozen, batch))
+            off[kernel] = measure_errors(found[0], exact[0]) | measure_values(found[1], exact[1])
+            del found
         for kernel, suffix in ((setting.attention, ""), ("xla", "_xla")):
             figures |= {f"{name}{suffix}": x for name, x in off[kernel].items()}
         yield Record("gradients", task, None, figures)
@@ -50,26 +53,38 @@ def measure_gradients(setting: Setting) -> Iterator[Record]:
 def _make_batch(setting: Setting, task: str) -> step.TaskBatch:
     """Returns left-padded prompts, and answers of which some end early."""
     size = setting.size
-    length = size.janus.num_image_tokens if task == "t2i" else size.answer
+    length = size.limits.image_tokens if task == "t2i" else size.answer
     made = inputs.make_task_batch(
-        size.janus, setting.processor.special, make_prompts(setting, task), setting.group, length
+        size, setting.processor.special, make_prompts(setting, task), setting.group, length
     )
     return setting.place(made)
 
 
-def _make_gradients(setting: Setting, kernel: Any, dtype: Any, task: str) -> Any:
-    scoring = LogprobOptions(setting.processor.special, remat=setting.remat, attention=kernel)
+def _compute(setting: Setting, kernel: Any, dtype: Any, task: str, arguments: Any) -> Any:
+    """Returns gradients and log-probs [N, T] of (trained, frozen, batch)."""
+    scoring = LogprobOptions(
+        setting.processor.special, remat=setting.remat, attention=kernel,
+        unmasking=setting.unmasking,
+    )  # fmt: skip
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
     options = step.UpdateOptions(
         CLIPPED_POLICY_LOSS, LossConstants(), scoring, ((task, 1.0),), dtype=dtype,
         micro_batches=pieces,
     )  # fmt: skip
+    family, sizes = setting.size.family, setting.size.policy
 
     @jax.jit
-    def compute(trained: Params, frozen: Params, batch: step.Batch) -> Params:
-        return step.gradients(FAMILY, setting.size.janus, options, trained, frozen, batch)[0]
+    def differentiate(trained: Params, frozen: Params, batch: step.Batch) -> Params:
+        return step.gradients(family, sizes, options, trained, frozen, batch)[0]
 
-    return compute
+    values = step.make_logprob_step(family, sizes, options)
+    return differentiate(*arguments), np.asarray(values(*arguments)[task][0])
+
+
+def measure_values(logprobs: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """Returns the mean and the largest absolute difference of log-probs."""
+    apart = np.abs(logprobs - exact)
+    return {"value": float(apart.mean()), "value_max": float(apart.max())}
 
 
 def measure_errors(gradients: Params, exact: Params) -> dict[str, float]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.policies.family import NOISE_KEYS
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.train.step import TaskBatch
 from corl_jax.types import EncodedPrompts, Segment
+from tools.bench.sizes import Size
 from tools.bench.vocabularies import COMMON
 
 SHORTEST = 0.75  # a prompt's least share of the padded length
@@ -20,78 +21,67 @@ CAPTION_WORDS = 12
 ENDLESS = -1  # an end of text that no network draws, so that every answer has all its tokens
 
 
-def _find_plain_ids(config: JanusConfig, special: SpecialTokens) -> np.ndarray:
+def _find_plain_ids(size: Size, special: Any) -> np.ndarray:
     """Returns the ids of ordinary tokens."""
-    structure = [special.bos, special.eos, special.pad, special.boi, special.eoi, special.image]
-    return np.setdiff1d(np.arange(config.llama.vocab_size), structure)
+    structure = dataclasses.astuple(special)
+    return np.setdiff1d(np.arange(size.measured.count_words(size.policy)), structure)
 
 
-def _make_left_padded(
-    rng: np.random.Generator, special: SpecialTokens, plain: np.ndarray, count: int, length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns ids and mask [count, length], starts [count]: BOS and words; row 0 is full."""
-    shortest = max(1, round(SHORTEST * length))
-    # length 8, 6 tokens: start 2, mask [0, 0, 1, 1, 1, 1, 1, 1], BOS at place 2.
-    start = length - rng.integers(shortest, length + 1, count)
-    start[0] = 0
-    mask = np.arange(length) >= start[:, None]
-    ids = np.where(mask, rng.choice(plain, (count, length)), special.pad).astype(np.int32)
-    ids[np.arange(count), start] = special.bos
-    return ids, mask, start
+def _make_prompts(
+    size: Size, special: Any, task: str, count: int, length: int, seed: list[int]
+) -> EncodedPrompts:
+    """Returns left-padded prompts [count, length] of different lengths; row 0 is full."""
+    rng = np.random.default_rng(seed)
+    front, back = size.measured.make_frame(task, special, size.limits.input_image_tokens)
+    most, plain = length - len(front) - len(back), _find_plain_ids(size, special)
+    counts = rng.integers(max(1, round(SHORTEST * most)), most + 1, count)
+    counts[0] = most
+    ids = np.full((count, length), special.pad, np.int32)
+    for row, words in zip(ids, counts, strict=True):
+        # length 8, 3 words, front [BOS], back [BOI]: [PAD, PAD, PAD, BOS, a, b, c, BOI]
+        real = [*front, *rng.choice(plain, words), *back]
+        row[length - len(real) :] = real
+    lengths = counts + len(front) + len(back)
+    return EncodedPrompts(ids, np.arange(length) >= length - lengths[:, None])
 
 
 def make_image_prompts(
-    config: JanusConfig, special: SpecialTokens, count: int, length: int, seed: int = 0
+    size: Size, special: Any, count: int, length: int, seed: int = 0
 ) -> EncodedPrompts:
-    """Returns prompts [BOS, words, BOI] of different lengths."""
-    rng = np.random.default_rng([seed, 0])
-    ids, mask, _ = _make_left_padded(rng, special, _find_plain_ids(config, special), count, length)
-    ids[:, -1] = special.boi
-    return EncodedPrompts(ids, mask)
+    """Returns prompts of images, of different lengths."""
+    return _make_prompts(size, special, "t2i", count, length, [seed, 0])
 
 
 def make_questions(
-    config: JanusConfig, special: SpecialTokens, count: int, length: int, seed: int = 0
+    size: Size, special: Any, count: int, length: int, seed: int = 0
 ) -> EncodedPrompts:
-    """Returns questions [BOS, BOI, image, EOI, words] of different lengths, with pixel values."""
-    rng = np.random.default_rng([seed, 1])
-    slots, side = config.num_image_tokens, config.siglip.image_size
-    words, mask, _ = _make_left_padded(
-        rng, special, _find_plain_ids(config, special), count, length - slots - 2
-    )
-    image = np.array([special.boi, *[special.image] * slots, special.eoi], np.int32)
-    ids = np.full((count, length), special.pad, np.int32)
-    for row, text, real_mask in zip(ids, words, mask, strict=True):
-        # [BOS, words] -> [BOS, BOI, image x slots, EOI, words]
-        real = np.concatenate([text[real_mask][:1], image, text[real_mask][1:]])
-        row[length - len(real) :] = real
-    real_mask = np.arange(length) >= length - (mask.sum(axis=1) + len(image))[:, None]
-    pixels = rng.standard_normal((count, side, side, 3)).astype(np.float32)
-    return EncodedPrompts(ids, real_mask, pixels)
+    """Returns questions about an image, of different lengths, with pixel values."""
+    prompts = _make_prompts(size, special, "mm2t", count, length, [seed, 1])
+    side = size.limits.input_image_side
+    pixels = np.random.default_rng([seed, 2]).standard_normal((count, side, side, 3))
+    return dataclasses.replace(prompts, pixel_values=pixels.astype(np.float32))
 
 
 def make_task_batch(
-    config: JanusConfig, special: SpecialTokens, prompts: EncodedPrompts, group: int, length: int
+    size: Size, special: Any, prompts: EncodedPrompts, group: int, length: int
 ) -> TaskBatch:
     """Returns completions of prompts; answers end somewhere in their second half."""
     is_image = prompts.pixel_values is None
+    kind = CODES if is_image else TEXT
     rng = np.random.default_rng(3 + is_image)
     rows = len(prompts.input_ids) * group
-    ids = np.arange(config.vq.num_embeddings) if is_image else _find_plain_ids(config, special)
+    codes = np.arange(size.measured.count_codes(size.policy))
+    ids = codes if is_image else _find_plain_ids(size, special)
     ends = np.full(rows, length) if is_image else rng.integers(length // 2, length + 1, rows)
-    return TaskBatch(
-        prompts=prompts,
-        segments=(
-            Segment(
-                CODES if is_image else TEXT,
-                rng.choice(ids, (rows, length)).astype(np.int32),
-                np.arange(length) < ends[:, None],
-                # The log-prob of a uniform choice, close to that of random weights.
-                np.full((rows, length), -np.log(len(ids)), np.float32),
-            ),
-        ),
-        advantages=rng.standard_normal(rows).astype(np.float32),
-    )
+    values = rng.choice(ids, (rows, length)).astype(np.int32)
+    # The log-prob of a uniform choice, close to that of random weights.
+    logprobs = np.full((rows, length), -np.log(len(ids)), np.float32)
+    advantages, replay = rng.standard_normal(rows).astype(np.float32), {}
+    if is_image and size.family.turns[((CODES,),)].choose_scored:
+        # The bits of a key for each image, which choose the codes that are scored.
+        replay = {NOISE_KEYS: rng.integers(0, 2**32, (rows, 2), np.uint32)}
+    mask = np.arange(length) < ends[:, None]
+    return TaskBatch(prompts, (Segment(kind, values, mask, logprobs, replay),), advantages)
 
 
 # ---- what rewards read

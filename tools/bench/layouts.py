@@ -16,7 +16,6 @@ import jax
 
 from corl_jax.devices import mesh as device_mesh
 from corl_jax.policies import decoding
-from corl_jax.policies.janus import sampling
 from tools.bench.generation import make_keys, make_prompts, make_samplers
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
@@ -32,7 +31,7 @@ def measure_layouts(setting: Setting) -> Iterator[Record]:
     sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, keys)
     for name, layout in (
         ("gathered once", contextlib.nullcontext),
-        ("as in training", use_training_layout),
+        ("as in training", functools.partial(use_training_layout, setting.size.measured.sampling)),
     ):
         with layout():
             timing = setting.measure(f"layout_{name}", sample)
@@ -40,8 +39,11 @@ def measure_layouts(setting: Setting) -> Iterator[Record]:
 
 
 @contextlib.contextmanager
-def use_training_layout() -> Iterator[None]:
-    """Removes the samplers' layout of matrices in the block; activations keep theirs."""
+def use_training_layout(sampling: Any) -> Iterator[None]:
+    """Removes the samplers' layout of matrices in the block; activations keep theirs.
+
+    `sampling` is the module of the samplers.
+    """
 
     def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         # Activations begin with the batch axis; other arrays are matrices.

@@ -16,7 +16,6 @@ import numpy as np
 
 from corl_jax.algorithms.likelihoods import ROW_LIKELIHOOD
 from corl_jax.policies.family import NOISE_KEYS, StraightThrough
-from corl_jax.policies.janus.family import FAMILY
 from corl_jax.tasks import SELF_QUESTIONING, TASKS, name_segments
 from corl_jax.train.step import TaskBatch, UpdateOptions
 from tools.bench import inputs, training
@@ -33,7 +32,7 @@ def make_options(setting: Setting, name: str) -> UpdateOptions:
     through = StraightThrough() if name == "self_sft_through" else None
     scoring = dataclasses.replace(
         options.logprobs,
-        image=FAMILY.stand_in_image(setting.size.janus),
+        image=setting.size.family.stand_in_image(setting.size.policy),
         straight_through=through,
     )
     weights = tuple((segment, 1.0) for segment in name_segments(TASK, TASKS[TASK].segments))
@@ -47,9 +46,9 @@ def make_batch(setting: Setting) -> TaskBatch:
 
     def complete(task: str, length: int) -> TaskBatch:
         prompts = make_prompts(setting, task)
-        return inputs.make_task_batch(size.janus, special, prompts, setting.group, length)
+        return inputs.make_task_batch(size, special, prompts, setting.group, length)
 
-    image = complete("t2i", size.janus.num_image_tokens)
+    image = complete("t2i", size.limits.image_tokens)
     answer = complete("mm2t", size.answer)
     question = dataclasses.replace(answer.prompts, pixel_values=None)
     keys = jax.random.split(jax.random.key(0), setting.completions)

@@ -17,7 +17,6 @@ from corl_jax import tasks
 from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import network_shardings
 from corl_jax.models import modules
-from corl_jax.policies.janus.family import FAMILY
 from corl_jax.rewards import captions, image, registry, similarity
 from corl_jax.rewards.image import LPIPS_SIZE, lpips_distance
 from corl_jax.rewards.networks import NETWORKS
@@ -195,7 +194,8 @@ class Networks:
 
 
 def _make_context(setting: Setting, policy: Any, placement: Mapping[str, FrozenNetwork]) -> Context:
-    return Context(FAMILY, setting.size.janus, policy, setting.processor, COMPUTE, 0, 0, placement)
+    family, sizes = setting.size.family, setting.size.policy
+    return Context(family, sizes, policy, setting.processor, COMPUTE, 0, 0, placement)
 
 
 def _describe_placement(placement: Mapping[str, Counted]) -> str:
@@ -213,7 +213,7 @@ def _count_moved(placement: Mapping[str, Counted], calls: int) -> dict[str, floa
 
 
 def _make_image_samples(setting: Setting) -> Samples:
-    side = setting.size.janus.siglip.image_size
+    side = setting.size.limits.input_image_side
     columns = inputs.make_rows(setting.prompts, setting.group)
     return Samples(columns, images=inputs.make_images(setting.completions, side))
 

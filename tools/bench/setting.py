@@ -1,4 +1,4 @@
-"""Holds the values that all parts share: sizes, repeats, mesh, and the random Janus."""
+"""Holds the values that all parts share: sizes, repeats, mesh, and the random policy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from corl_jax.devices.mesh import BATCH, batch_sharding, param_spec
 from corl_jax.models.attention import AttentionKernel
 from corl_jax.models.layers import Remat
-from corl_jax.policies.janus import network
-from corl_jax.policies.janus.layout import ADAPTER_PATHS, RULES, TRAINABLE
-from corl_jax.policies.janus.prompts import Processor
-from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.policies.family import Unmasking
 from corl_jax.types import Params
 from tools.bench.ceilings import Ceilings
 from tools.bench.inputs import ENDLESS
@@ -43,7 +40,7 @@ class Setting:
     pixel_dtype: Any  # of codes to pixels; training uses float32
     offload: bool  # rewards are measured with offloaded networks too
     folder: Path  # for the small files of networks
-    processor: Processor  # tokenizer of the mini Janus, image size of `size`
+    processor: Any  # of the policy, with a small tokenizer
     mesh: Mesh
     ceilings: Ceilings  # of one device
     trace: Path | None = None  # folder for a profile of one call of each thing
@@ -58,17 +55,29 @@ class Setting:
         return math.prod(self.mesh.shape[axis] for axis in BATCH)
 
     @property
-    def endless(self) -> SpecialTokens:
+    def unmasking(self) -> Unmasking:
+        """How codes are drawn and scored in any order."""
+        return Unmasking(self.size.steps)
+
+    @property
+    def endless(self) -> Any:
         """The special tokens with an end of text that is never sampled."""
         return dataclasses.replace(self.processor.special, eos=ENDLESS)
 
+    def compare_with_products(self, operations: float, seconds: float) -> dict[str, float]:
+        """Returns how much was computed, and as a fraction of the measured rate of products."""
+        rate = self.ceilings.matmul * self.mesh.size
+        return {"tflop": operations / 1e12, "mfu": operations / rate / seconds}
+
     def make_policy(self, dtype: Any) -> Params:
-        """Makes a random Janus, laid out by the sharding rules."""
+        """Makes a random policy, laid out by the sharding rules."""
+        family = self.size.family
 
         def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
-            return NamedSharding(self.mesh, param_spec(path, shape, self.mesh, RULES))
+            return NamedSharding(self.mesh, param_spec(path, shape, self.mesh, family.rules))
 
-        return draw_params(network.abstract(self.size.janus), 0, dtype, place)
+        shapes = family.abstract(self.size.policy)
+        return draw_params(shapes, 0, dtype, place, family.float32_parts)
 
     def place(self, tree: Any) -> Any:
         """Moves arrays to the devices, their leading axis spread over them like prompts."""
@@ -85,5 +94,8 @@ class Setting:
 
 
 def trained_patterns(setting: Setting) -> tuple[str, ...]:
-    """Returns the regexes of trained parameters: the adapters, or those of the paper."""
-    return (ADAPTER_PATHS,) if setting.size.janus.llama.lora else TRAINABLE
+    """Returns the regexes of trained parameters: the adapters, or those of the family."""
+    family = setting.size.family
+    if family.adapters is not None and family.lora_of(setting.size.policy):
+        return (family.adapters.paths,)
+    return family.trainable

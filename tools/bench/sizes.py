@@ -10,20 +10,31 @@ from corl_jax.models.aesthetic import AestheticConfig
 from corl_jax.models.bert import BertConfig
 from corl_jax.models.blip import BlipConfig, BlipTextConfig, BlipVisionConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
+from corl_jax.models.magvit import MagvitConfig
 from corl_jax.models.mask2former import Mask2FormerConfig
+from corl_jax.models.phi import PhiConfig
 from corl_jax.models.swin import SwinConfig
 from corl_jax.models.vgg import VggConfig
+from corl_jax.policies.family import Family, Limits
 from corl_jax.policies.janus.network import PRESETS, JanusConfig
+from corl_jax.policies.show_o.network import PRESETS as SHOW_O_PRESETS
+from corl_jax.policies.show_o.network import ShowOConfig
+from corl_jax.types import Sizes
+from tools.bench.cost import Costs
+from tools.bench.families import FAMILIES, MeasuredFamily
 from tools.small_models.janus_sizes import make_mini_config
 
 PARTS = ("rewards", "image", "text", "vq", "train", "iteration", "correctness", "gradients")
+SHOW_O_PARTS = (
+    "forward", "image", "text", "vq", "logprobs", "train", "iteration", "correctness", "gradients",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
     """Networks of one size, and lengths like those of the published training."""
 
-    janus: JanusConfig
+    policy: Sizes
     networks: Mapping[str, Any]  # reward network -> its config
     parts: tuple[str, ...] = PARTS  # measured unless the command names others
     image_prompt: int = 40  # tokens of the longest prompt of an image
@@ -37,11 +48,33 @@ class Size:
     detected: tuple[int, ...] = (8, 16, 32)  # numbers of images in which objects are detected
     copied: int = 4 << 30  # bytes of the array that is copied
     product: int = 8192  # side of the matrices whose product is timed
+    model: str = "janus"  # a key of FAMILIES
+    steps: int | None = None  # that draw an image in any order; None: as usual for its codes
+
+    @property
+    def measured(self) -> MeasuredFamily:
+        """The family of the policy, with what is measured of it."""
+        return FAMILIES[self.model]
+
+    @property
+    def family(self) -> Family:
+        """The family of the policy."""
+        return self.measured.family
+
+    @property
+    def limits(self) -> Limits:
+        """The sizes of the policy that all families have."""
+        return self.family.limits(self.policy)
+
+    @property
+    def costs(self) -> Costs:
+        """What the work of the policy's language model depends on."""
+        return self.measured.describe_costs(self.policy)
 
     @property
     def text_prompt(self) -> int:
         """Tokens of the longest question with its image."""
-        return self.janus.num_image_tokens + self.question
+        return self.limits.input_image_tokens + self.question
 
 
 _L14 = ClipConfig(
@@ -106,6 +139,28 @@ def _make_tiny_janus() -> JanusConfig:
     return dataclasses.replace(config, llama=llama, siglip=siglip, vq=vq)
 
 
+def _make_tiny_show_o() -> ShowOConfig:
+    """Returns a Show-o for images of 16 pixels: 4 x 4 of 512 codes."""
+    words = 600
+    phi = PhiConfig(
+        vocab_size=words + 10 + 512 + 1, hidden_size=64, intermediate_size=128, num_layers=2,
+        num_heads=2, num_kv_heads=2, head_dim=32, max_position_embeddings=128,
+    )  # fmt: skip
+    magvit = MagvitConfig(
+        z_channels=9, base_channels=32, encoder_channels=(32, 32, 32), encoder_blocks=(1, 1, 1),
+        decoder_channels=(32, 32, 32), decoder_blocks=(1, 1, 1),
+    )  # fmt: skip
+    return ShowOConfig(phi=phi, magvit=magvit, num_vq_tokens=16, llm_vocab_size=words)
+
+
+def _make_show_o(preset: str) -> Size:
+    """Returns a published Show-o with the lengths of UniRL: texts of 64, answers of 100 tokens."""
+    return Size(
+        SHOW_O_PRESETS[preset], _PUBLISHED, parts=SHOW_O_PARTS, image_prompt=64, question=64,
+        new_tokens=100, answer=100, model="show_o",
+    )  # fmt: skip
+
+
 SIZES = {
     "1b": Size(PRESETS["janus-pro-1b"], _PUBLISHED),
     # Training with AdamW needs more than one device.
@@ -117,6 +172,13 @@ SIZES = {
         _make_tiny_janus(), _TINY_NETWORKS, image_prompt=12, question=10, new_tokens=8, answer=8,
         checked=("float32",), caption=5, policy_caption=4, answers=16, detected=(2,),
         copied=1 << 20, product=128,
+    ),
+    "show-o-256": _make_show_o("show-o"),
+    "show-o-512": _make_show_o("show-o-512x512"),
+    "show-o-tiny": Size(
+        _make_tiny_show_o(), _TINY_NETWORKS, parts=SHOW_O_PARTS, image_prompt=12, question=10,
+        new_tokens=8, answer=8, checked=("float32",), detected=(2,), copied=1 << 20, product=128,
+        model="show_o", steps=4,
     ),
 }  # fmt: skip
 """Name on the command line -> size."""

@@ -54,7 +54,9 @@ TINY = {"data.max_prompt_length": 128, "rollout.max_new_tokens": 8, "train.promp
 def write_model(folder: Path, config: JanusConfig) -> None:
     """Writes random bfloat16 weights, made on the host, with the mini Janus's tokenizer."""
     # bfloat16, as the published weights are stored: loading reads the same number of bytes.
-    params = draw_params(network.abstract(config), 0, jnp.bfloat16)
+    params = draw_params(
+        network.abstract(config), 0, jnp.bfloat16, float32_parts=network.FLOAT32_PARTS
+    )
     write_processor(folder.parent / "words", config)
     assets = Assets(folder.parent / "words", "transformers", folder.parent / "words/config.json")
     folder.mkdir()
@@ -130,7 +132,7 @@ def measure(size: str, overrides: list[str]) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = write_config(folder, size, overrides)
-        write_model(folder / "model", SIZES[size].janus)
+        write_model(folder / "model", SIZES[size].policy)
         write_rows(folder / "rows.parquet")
         settings = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
         for start in ("cold", "cached"):

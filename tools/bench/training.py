@@ -15,8 +15,6 @@ from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config.schema import Algorithm, Optimizer
 from corl_jax.params import partition
 from corl_jax.policies.family import LogprobOptions
-from corl_jax.policies.janus.family import FAMILY
-from corl_jax.policies.janus.layout import RULES
 from corl_jax.rewards.registry import BoundReward, RewardRow
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.runs.pace import Phases
@@ -46,11 +44,11 @@ def start_training(
     trained, frozen = partition(setting.make_policy(COMPUTE), trained_patterns(setting))
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
     optimizer = make_optimizer(Optimizer(), UPDATES)
-    shardings = state_shardings(optimizer, trained, setting.mesh, RULES)
+    shardings = state_shardings(optimizer, trained, setting.mesh, setting.size.family.rules)
     moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
     step = make_train_step(
-        FAMILY,
-        setting.size.janus,
+        setting.size.family,
+        setting.size.policy,
         options or make_update_options(setting),
         optimizer,
         out_shardings=(shardings, None),
@@ -61,8 +59,9 @@ def start_training(
 def make_update_options(setting: Setting) -> UpdateOptions:
     """Returns the update options of the paper's first stage."""
     scoring = LogprobOptions(
-        setting.processor.special, remat=setting.remat, attention=setting.attention
-    )
+        setting.processor.special, remat=setting.remat, attention=setting.attention,
+        unmasking=setting.unmasking,
+    )  # fmt: skip
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
     weights = tuple((task, 1.0) for task in UNIFIED)
     return UpdateOptions(
@@ -74,7 +73,7 @@ def list_works(setting: Setting) -> tuple[Work, ...]:
     """Returns the completions of a training step."""
     size, counts = setting.size, (setting.prompts, setting.group)
     return (
-        Work("t2i", *counts, size.image_prompt, size.janus.num_image_tokens),
+        Work("t2i", *counts, size.image_prompt, size.limits.image_tokens),
         Work("mm2t", *counts, size.text_prompt, size.answer),
     )
 
@@ -85,7 +84,7 @@ def make_batch(setting: Setting) -> dict[str, Any]:
     return setting.place(
         {
             work.task: inputs.make_task_batch(
-                size.janus, special, make_prompts(setting, work.task), work.group, work.length
+                size, special, make_prompts(setting, work.task), work.group, work.length
             )
             for work in list_works(setting)
         }
@@ -111,7 +110,7 @@ def measure_train(setting: Setting) -> Iterator[Record]:
     tokens = sum(work.rows * (work.prompt + work.length) for work in list_works(setting))
     figures: dict[str, Any] = {"tokens_per_s": tokens / timing.median}
     for name, shared in (("mfu", True), ("mfu_repeated_prompts", False)):
-        needed = count_training_operations(setting.size.janus, list_works(setting), shared)
+        needed = count_training_operations(setting.size.costs, list_works(setting), shared)
         figures[f"{name}_tflop"] = needed / 1e12
         figures[name] = needed / setting.ceilings.matmul / setting.mesh.size / timing.median
     figures |= {"loss": float(update()["loss"]), "programs": step._cache_size()}
@@ -150,7 +149,7 @@ def make_segment_samplers(setting: Setting) -> dict[str, Any]:
 
     def make(task: str) -> Any:
         # A function for each task: a lambda in the comprehension would see the last task.
-        sample = make_samplers(setting)[task]
+        sample = make_samplers(setting, unmasking=setting.unmasking)[task]
         return lambda *inputs: (sample(*inputs),)
 
     return {task: make(task) for task in UNIFIED}
@@ -179,11 +178,11 @@ def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
         mode="unified_reward", group_size=setting.group, eps=1e-4, scale="group",
     )  # fmt: skip
     return Run(
-        family=FAMILY, sizes=setting.size.janus, processor=setting.processor, mesh=setting.mesh,
-        dtype=COMPUTE, frozen=frozen, reference=None, moving=None,
-        kl_penalty=None, source_dtypes={}, layer_dtypes={},
+        family=setting.size.family, sizes=setting.size.policy,
+        processor=setting.processor, mesh=setting.mesh, dtype=COMPUTE, frozen=frozen,
+        reference=None, moving=None, kl_penalty=None, source_dtypes={}, layer_dtypes={},
         train_loader=None, evaluations=(), steps=UPDATES, seed=0,
-        image_side=setting.size.janus.siglip.image_size,
+        image_side=setting.size.limits.image_side,
         iterate=rl_iteration.rl_iteration, train_step=step, logprob_step=step,
         samplers=make_segment_samplers(setting), greedy_samplers=None, redraws=0,
         rewards=rewards, networks={},

@@ -18,11 +18,14 @@ from typing import Any
 import jax
 
 from corl_jax.errors import InputError
+from tools.bench.sizes import SIZES
 from tools.bench.timing import Record, Timing
 
 PEERS = ("transformers",)
-OURS = {"image": "tokens and pixels", "text": "answers", "train": "optimizer step"}
-"""part -> the record that holds the same work."""
+_SAME = {"image": "tokens and pixels", "text": "answers", "train": "optimizer step"}
+OURS = {"janus": _SAME, "show_o": _SAME | {"image": "tokens"}}
+"""Family -> part -> the record that holds the same work."""
+PARTS = tuple(_SAME)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +35,14 @@ class Peers:
     environment: dict[str, Any]
     records: tuple[Record, ...]
     failed: tuple[str, ...]  # what did not run to its end
+    model: str = "janus"  # a key of OURS
 
     def add_times(self, record: Record) -> Record:
         """Returns the record with each peer's seconds over its own, if the work is the same."""
         times = {
             f"times_{theirs.name.replace(' ', '_')}": theirs.timing.median / record.timing.median
             for theirs in self.records
-            if theirs.part == record.part and OURS[theirs.part] == record.name
+            if theirs.part == record.part and OURS[self.model][theirs.part] == record.name
             if theirs.timing and record.timing
         }
         return dataclasses.replace(record, figures=record.figures | times)
@@ -50,8 +54,10 @@ NOBODY = Peers({}, (), ())
 def list_peer_problems(args: argparse.Namespace) -> list[str]:
     """Lists what keeps the peer from running."""
     problems = []
-    if not OURS.keys() & set(args.parts):
-        problems.append(f"--peer: --parts names none of {','.join(OURS)}, which alone are compared")
+    if not set(PARTS) & set(args.parts):
+        problems.append(
+            f"--peer: --parts names none of {','.join(PARTS)}, which alone are compared"
+        )
     if importlib.util.find_spec("torch") is None:
         problems.append("--peer: needs PyTorch; install torch for this device")
     return problems
@@ -62,7 +68,7 @@ def measure_peers(args: argparse.Namespace) -> Peers:
 
     Raises: InputError where torch cannot use the device; its message is on stderr.
     """
-    parts = [part for part in args.parts if part in OURS]
+    parts = [part for part in args.parts if part in PARTS]
     jax_config: Any = jax.config
     device = "cpu" if jax_config.jax_platforms == "cpu" else "cuda"
     command = [
@@ -77,7 +83,8 @@ def measure_peers(args: argparse.Namespace) -> Peers:
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if len(lines) < 2:
         raise InputError(f"--peer: PyTorch measured nothing, exit code {done.returncode}")
-    return parse_peers(lines, complete=not done.returncode)
+    peers = parse_peers(lines, complete=not done.returncode)
+    return dataclasses.replace(peers, model=SIZES[args.size].model)
 
 
 def parse_peers(lines: list[dict[str, Any]], complete: bool) -> Peers:

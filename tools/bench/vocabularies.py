@@ -15,6 +15,10 @@ from typing import Any
 import corl_jax
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import Processor
+from corl_jax.policies.show_o import family as show_o
+from corl_jax.policies.show_o import prompts as show_o_prompts
+from corl_jax.policies.show_o.network import ShowOConfig
+from corl_jax.policies.show_o.tokens import END, END_ID, make_special_tokens
 
 MINI = Path(corl_jax.__file__).parent / "assets" / "mini_janus"
 
@@ -97,6 +101,23 @@ def write_processor(folder: Path, config: JanusConfig) -> Processor:
     ):
         _write_json(folder / name, json.loads((MINI / name).read_text(encoding="utf-8")) | changes)
     return Processor.from_dir(folder)
+
+
+def write_show_o_processor(folder: Path, config: ShowOConfig) -> show_o_prompts.Processor:
+    """Writes and returns a processor of words, with as many tokens of text as the network."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder.mkdir(parents=True)
+    count = config.llm_vocab_size
+    # As in Phi-1.5, if there are so many: the end has id 50256.
+    words = make_words(count - 1)
+    words.insert(min(END_ID, count - 1), END)
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = make_special_tokens(count, config.num_codes)
+    return show_o_prompts.Processor(folder, special, show_o.describe_image(config))
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from corl_jax.params import map_with_path
-from corl_jax.policies.janus.network import FLOAT32_PARTS
 from corl_jax.types import Params
 
 STD = 0.02
@@ -24,12 +23,13 @@ Place = Callable[[str, tuple[int, ...]], Any]
 
 
 def draw_params(
-    abstract: Params, seed: int, dtype: Any = jnp.float32, place: Place | None = None
-) -> Params:
+    abstract: Params, seed: int, dtype: Any = jnp.float32, place: Place | None = None,
+    float32_parts: tuple[str, ...] = (),
+) -> Params:  # fmt: skip
     """Returns normal kernels and embeddings of the shapes in `abstract`, unit scales, zero biases.
 
-    A scalar, which is the logarithm of the factor on CLIP's cosines, becomes that of 100. The parts
-    of Janus that always compute in float32 are float32. `place` returns the sharding of a leaf, by
+    A scalar, which is the logarithm of the factor on CLIP's cosines, becomes that of 100.
+    `float32_parts` of a policy are float32 in any dtype. `place` returns the sharding of a leaf, by
     default the first device.
     """
     # Keys of this kind use the generator of the device, which is faster than threefry.
@@ -38,7 +38,7 @@ def draw_params(
 
     def draw_leaf(path: str, x: Any) -> jax.Array:
         where = None if place is None else place(path, x.shape)
-        exact = path.startswith(tuple(f"{part}/" for part in FLOAT32_PARTS)) or not x.shape
+        exact = path.startswith(tuple(f"{part}/" for part in float32_parts)) or not x.shape
         kind = jnp.float32 if exact else dtype
         if path.endswith("/scale"):
             return jnp.ones(x.shape, kind, device=where)

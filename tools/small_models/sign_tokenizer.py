@@ -11,6 +11,7 @@ Source: Gong et al. 2013, "Iterative Quantization" (ITQ), for the rotation.
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def find_rotation(latents: np.ndarray, seed: int) -> Rotation:
         rotated = centred @ matrix
         size = float(np.abs(rotated).mean())
         error = float(((size * np.sign(rotated) - rotated) ** 2).mean())
-        best = min(best, (error, matrix, size), key=lambda found: found[0])
+        best = min(best, (error, matrix, size), key=operator.itemgetter(0))
     return Rotation(mean, best[1], best[2])
 
 

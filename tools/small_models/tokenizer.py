@@ -103,7 +103,10 @@ def count_embedding_rows(tokenizer: Tokenizer) -> int:
 
 def count_text_tokens(tokenizer: Tokenizer) -> int:
     """Returns the number of text tokens of a Show-o's tokenizer, END included."""
-    return tokenizer.token_to_id(show_o_tokens.PAD)
+    # END is the last one; PAD follows, the first of the ten tokens.
+    end = tokenizer.token_to_id(show_o_tokens.END)
+    assert end is not None, "train_show_o_tokenizer adds it"
+    return end + 1
 
 
 def write_tokenizer(out: Path, tokenizer: Tokenizer, settings: dict) -> None:

@@ -36,8 +36,9 @@ from corl_jax.policies.janus.sampling import (
     image_program,
     text_program,
 )
-from corl_jax.policies.janus.soft_images import choose_vectors, make_soft_pixels
+from corl_jax.policies.janus.soft_images import make_soft_pixels
 from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.policies.soft_choices import choose_vectors
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.types import EncodedPrompts, Params, Segment
 
@@ -150,7 +151,9 @@ def score_own_answers(
         pixels = read_own_images(sizes, params, codes.values, options.image)
     else:
         keys = jax.random.wrap_key_data(codes.replay[NOISE_KEYS])
-        vectors, chosen = choose_vectors(model, conditional, codes.values, keys, options)
+        vectors, chosen = choose_vectors(
+            model.image_logits, model.vqmodel.codebook(), conditional, codes.values, keys, options
+        )
         hard = read_own_images(sizes, params, chosen, options.image)
         pixels = make_soft_pixels(model, vectors, hard, options.image)
     questions = make_questions(prompts.next, pixels)

@@ -100,10 +100,12 @@ FAMILY = Family(
         ((CODES,),): TurnProgram(
             sampling.sample_codes, logprobs.score_codes, choose_scored=choose_scored
         ),
-        ((TEXT,),): TurnProgram(sampling.sample_answers, logprobs.score_answers),
+        ((TEXT,),): TurnProgram(
+            sampling.sample_answers, logprobs.score_answers, choose_scored=choose_scored
+        ),
         ((CODES,), (TEXT,)): TurnProgram(
             own_images.sample_own_answers, own_images.score_own_answers,
-            choose_scored=choose_scored,
+            passes_gradients=True, choose_scored=choose_scored,
         ),
     },
     blank_prompts=reading.blank_ids,

@@ -9,9 +9,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from corl_jax.policies.chunked_logprobs import repeat_rows
 from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, Unmasking
+from corl_jax.policies.show_o.reading import FRONT, move_padding_last
 from corl_jax.tasks import CODES
-from corl_jax.types import Segment
+from corl_jax.types import EncodedPrompts, Segment
 
 HIDDEN_SHARES, COMMITTED_AT = "hidden_shares", "committed_at"
 """Keys of `Segment.replay`: the share [N] of the codes to hide, equal in a group; the step [N, M]
@@ -62,6 +64,8 @@ def choose_hidden(segment: Segment) -> jax.Array:
         shares = draw_shares(keys)
     counts = jnp.maximum(jnp.round(shares * num_places), 1)
     draws = jax.vmap(lambda key: jax.random.uniform(key, (num_places,)))(_fold(keys, POSITIONS))
+    # argsort, not its inverse, the ranks: both hide as many places at random, and the original
+    # compares this one.
     return jnp.argsort(draws, axis=-1) < counts[:, None]
 
 
@@ -70,6 +74,7 @@ def choose_steps(segment: Segment, unmasking: Unmasking) -> jax.Array:
     count = count_steps(unmasking, segment.values.shape[1])
     chosen = unmasking.scored_steps or count
     every = jnp.broadcast_to(jnp.arange(count), (len(segment.values), count))
+    # All in order: then nothing depends on the key.
     if chosen >= count:
         return every
     order = jax.vmap(lambda key: jax.random.permutation(key, count))
@@ -91,14 +96,39 @@ def list_passes(segment: Segment, unmasking: Unmasking) -> tuple[jax.Array, jax.
     return jnp.stack([~hidden, hidden]), jnp.stack([hidden, ~hidden])
 
 
-def choose_scored(segments: tuple[Segment, ...], options: LogprobOptions) -> tuple[jax.Array, ...]:
-    """Returns the choices [N, T] of each segment that are scored: all of texts, some codes."""
+def choose_scored(
+    prompts: EncodedPrompts, segments: tuple[Segment, ...], options: LogprobOptions
+) -> tuple[jax.Array, ...]:
+    """Returns the loss masks of each segment: all of a text's tokens, some codes [N, M].
+
+    With `released` the tokens around the codes have masks, [N, M + 2], and those of a question in
+    front of its answer, with padding behind them.
+    """
     return tuple(
-        list_passes(segment, options.unmasking)[1].any(axis=0)
+        _choose_codes(segment, options)
         if segment.kind == CODES
-        else jnp.ones(segment.mask.shape, bool)
+        else _choose_tokens(prompts, segment, options)
         for segment in segments
     )
+
+
+def _choose_codes(segment: Segment, options: LogprobOptions) -> jax.Array:
+    scored = segment.mask & list_passes(segment, options.unmasking)[1].any(axis=0)
+    if not options.released:
+        return scored
+    ends = jnp.asarray(segment.mask).any(axis=-1, keepdims=True)
+    return jnp.concatenate([ends, scored, ends], axis=1)
+
+
+def _choose_tokens(prompts: EncodedPrompts, segment: Segment, options: LogprobOptions) -> jax.Array:
+    mask = jnp.asarray(segment.mask)
+    if not options.released:
+        return mask
+    ids, lengths = move_padding_last(jnp.asarray(prompts.input_ids), options.special)
+    image = options.image.num_tokens + FRONT
+    asked = jnp.arange(ids.shape[1] - image) < (lengths - image)[:, None]
+    asked = repeat_rows(asked, len(mask) // len(ids)) & mask.any(axis=-1, keepdims=True)
+    return jnp.concatenate([asked, mask], axis=1)
 
 
 def _get_keys(segment: Segment) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from corl_jax.devices.mesh import constrain
-from corl_jax.models.magvit import to_uint8
+from corl_jax.models.magvit import Magvit, to_uint8
 from corl_jax.policies.image_chunks import choose_chunks
 from corl_jax.policies.show_o import network
 from corl_jax.policies.show_o.network import ShowOConfig
@@ -18,7 +18,7 @@ from corl_jax.types import Params
 
 # Activations in float32 take 134 MB an image and layer: 512 x 512 pixels of 128 channels.
 CODED_AT_ONCE = 8
-"""Number of images that a device decodes at once."""
+"""Number of images that a device codes or decodes at once."""
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
@@ -42,4 +42,17 @@ def decode_images(
 @functools.partial(jax.jit, static_argnames="config")
 def encode_images(config: ShowOConfig, params: Params, pixels: jax.Array) -> jax.Array:
     """Encodes pixels [N, S, S, 3] in [-1, 1] to codes [N, M], in float32."""
-    return network.bind(config, network.cast(params, jnp.float32)).vqmodel.encode(pixels)
+    model = network.bind(config, network.cast(params, jnp.float32))
+    return encode_in_chunks(model.vqmodel, pixels)
+
+
+def encode_in_chunks(tokenizer: Magvit, pixels: jax.Array) -> jax.Array:
+    """Encodes pixels [N, S, S, 3] in [-1, 1] to codes [N, M], a few images at once."""
+    chunks, size = choose_chunks(len(pixels), CODED_AT_ONCE)
+    padded = jnp.pad(pixels, ((0, chunks * size - len(pixels)), *[(0, 0)] * 3))
+
+    def encode(images: jax.Array) -> jax.Array:
+        return tokenizer.encode(constrain(images, "batch", None, None, None))
+
+    codes = lax.map(encode, padded.reshape(chunks, size, *padded.shape[1:]))
+    return constrain(codes.reshape(-1, codes.shape[-1])[: len(pixels)], "batch", "length")

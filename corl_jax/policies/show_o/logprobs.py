@@ -7,6 +7,8 @@ over the image, which reads itself in both directions, and the causal text behin
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,10 +20,11 @@ from corl_jax.policies.show_o import network
 from corl_jax.policies.show_o.hiding import list_passes
 from corl_jax.policies.show_o.network import ShowO, ShowOConfig
 from corl_jax.policies.show_o.reading import (
+    FRONT,
     IMAGE_ORDERS,
     compute_image_logits,
-    embed_images,
     fill_codes,
+    frame_codes,
     move_padding_last,
     prepare_texts,
     split_image_states,
@@ -35,70 +38,114 @@ QUESTION_ORDERS = "full", "causal"
 def image_logprobs(
     model: ShowO, prompts: EncodedPrompts, segment: Segment, options: LogprobOptions
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes (log-probs, entropies) [N, M] of image codes given B prompts; 0 at other places."""
-    passes = list_passes(segment, options.unmasking)
-    if len(passes[0]) == 1:
-        known, scored = passes
-        return score_pass(model, prompts, segment.values, known[0], scored[0], options)
+    """Computes (log-probs, entropies) [N, M] of image codes given B prompts; 0 at other places.
 
-    # Without checkpoint the backward pass would keep the states of every pass.
+    With `options.released` also those of soi and eoi, [N, M + 2].
+    """
+    states, scored = compute_code_states(model, prompts, segment, options)
+    return score_code_states(model, states, scored, segment.values, options)
+
+
+def compute_code_states(
+    model: ShowO, prompts: EncodedPrompts, segment: Segment, options: LogprobOptions
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Computes the states [N, M, D] that score codes, and which codes they score, [N, M] bool.
+
+    The states are those of `reading.split_image_states`, of the pass that scores a code.
+    """
+    known, scored = list_passes(segment, options.unmasking)
+    if len(known) == 1:
+        states = _read_pass(model, prompts, segment.values, known[0], options)
+        framed = jnp.pad(scored[0], ((0, 0), (1, 1)), constant_values=True)
+        return states, framed if options.released else scored[0]
+
+    # Without checkpoint the backward pass would keep the activations of every pass.
     @jax.checkpoint
-    def add(total: tuple, of_pass: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
-        scores = score_pass(model, prompts, segment.values, *of_pass, options)
-        # A code is scored in one pass, so the sum takes each as it is.
-        return jax.tree.map(jnp.add, total, scores), None
+    def read(known: jax.Array) -> tuple[jax.Array, ...]:
+        return _read_pass(model, prompts, segment.values, known, options)
 
-    zeros = jnp.zeros(segment.values.shape, jnp.float32)
-    return lax.scan(add, (zeros, zeros), passes)[0]
+    def add(states: tuple, of_pass: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
+        known, scored = of_pass
+        # A code is scored in one pass alone.
+        select = functools.partial(jnp.where, scored[..., None])
+        return jax.tree.map(select, read(known), states), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(read, known[0]))
+    return lax.scan(add, zeros, (known, scored))[0], scored.any(axis=0)
 
 
-def score_pass(
-    model: ShowO, prompts: EncodedPrompts, codes: jax.Array, known: jax.Array, scored: jax.Array,
+def _read_pass(
+    model: ShowO, prompts: EncodedPrompts, codes: jax.Array, known: jax.Array,
     options: LogprobOptions,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Computes (log-probs, entropies) [N, M] of scored codes while known ones are read."""
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """Computes the states of all codes while known ones [N, M] are read."""
     special = options.special
     rows = Rows(len(codes) // len(prompts.input_ids), options.image_logprobs == "guided")
     ids, lengths = prepare_texts(prompts, rows, special)
     shown = jnp.where(known, codes, model.config.num_codes)
+    images = rows.repeat_samples(model.embed_text(frame_codes(shown, special)))
     _, hidden = model.language_model.read_parts(
-        model.embed_text(ids), lengths, rows.repeat_samples(embed_images(model, shown, special)),
-        IMAGE_ORDERS, remat=options.remat, attention=options.attention,
+        model.embed_text(ids), lengths, images, IMAGE_ORDERS,
+        remat=options.remat, attention=options.attention,
     )  # fmt: skip
+    return split_image_states(hidden, rows, framed=options.released)
+
+
+def score_code_states(
+    model: ShowO, states: tuple[jax.Array, ...], scored: jax.Array, codes: jax.Array,
+    options: LogprobOptions,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Computes (log-probs, entropies) [N, M] of codes from the results of `compute_code_states`."""
+    image_logits = model.take_image_head()
 
     def logits_of(states: tuple[jax.Array, ...]) -> jax.Array:
-        return compute_image_logits(model, states, options.cfg_scale)[1]
+        if options.given:
+            return model.text_logits(states[0])
+        return compute_image_logits(image_logits, states, options.cfg_scale)[1]
 
-    scores = chunked_logprobs(
-        logits_of, split_image_states(hidden, rows), codes, options.temperature, options.chunk
-    )
+    ids = frame_codes(codes, options.special)
+    given = ids if options.released else ids[:, 1:-1]
+    targets = given if options.given else codes
+    scores = chunked_logprobs(logits_of, states, targets, options.temperature, options.chunk)
     logprobs, entropies = (jnp.where(scored, x, 0.0) for x in scores)
     return logprobs, entropies
 
 
 def text_logprobs(
-    model: ShowO, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions
-) -> tuple[jax.Array, jax.Array]:
-    """Computes (log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts."""
+    model: ShowO, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions,
+    vectors: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Computes (log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts.
+
+    `vectors` [B, M, D] are read in the place of the embeddings of the images' codes. With
+    `options.released` also those of the Q places of the questions, [N, Q + T].
+    """
     ids, lengths = move_padding_last(fill_codes(model, prompts, options.special), options.special)
     group_size, count = len(tokens) // len(ids), tokens.shape[1]
-    # mmu, soi, the codes and eoi: equally many in all rows
-    image = model.config.num_image_tokens + 3
+    image = model.config.num_image_tokens + FRONT  # equally many in all rows
     # Each completion reads the question again, which is short beside the image. The answer follows
     # its last real token, and its own last token is not read:
     # question [a, b, x], answer [c, d, e] -> places [0, 1, 3, 4, ..] of [a, b, x, c, d]
-    source = jnp.concatenate([repeat_rows(ids[:, image:], group_size), tokens[:, :-1]], axis=1)
+    asked = repeat_rows(ids[:, image:], group_size)
+    source = jnp.concatenate([asked, tokens[:, :-1]], axis=1)
     questions = repeat_rows(lengths - image, group_size)[:, None]
     places = jnp.arange(source.shape[1])
     places = jnp.where(places < questions, places, places + ids.shape[1] - image - questions)
     text = jnp.take_along_axis(source, places, axis=1, mode="clip")
-    _, hidden = model.language_model.read_parts(
-        model.embed_text(ids[:, :image]), jnp.full(len(ids), image), model.embed_text(text),
+    front = model.embed_text(ids[:, :image])
+    if vectors is not None:  # between mmu, soi and eoi
+        front = front.at[:, 2:-1].set(vectors.astype(front.dtype))
+    before, hidden = model.language_model.read_parts(
+        front, jnp.full(len(ids), image), model.embed_text(text),
         QUESTION_ORDERS, remat=options.remat, attention=options.attention,
     )  # fmt: skip
     # The state of the question's last token scores the first token of the answer.
-    before = (questions - 1 + jnp.arange(count))[..., None]
-    states = jnp.take_along_axis(hidden, before, axis=1)
+    states = jnp.take_along_axis(hidden, (questions - 1 + jnp.arange(count))[..., None], axis=1)
+    if options.released:
+        # That of eoi scores the first token of the question.
+        first = repeat_rows(before[:, -1:], group_size)
+        states = jnp.concatenate([first, hidden[:, : asked.shape[1] - 1], states], axis=1)
+        tokens = jnp.concatenate([asked, tokens], axis=1)
     return chunked_logprobs(model.text_logits, states, tokens, options.temperature, options.chunk)
 
 

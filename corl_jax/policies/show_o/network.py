@@ -9,6 +9,7 @@ Source: Xie et al. 2024 (Show-o, arXiv 2408.12528).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from corl_jax.models import modules
 from corl_jax.models.layers import make_linear
 from corl_jax.models.lora import Lora
 from corl_jax.models.magvit import Magvit, MagvitConfig
-from corl_jax.models.phi import AdaptedPhiConfig, Phi, PhiConfig, compute_some_logits
+from corl_jax.models.phi import AdaptedPhiConfig, Phi, PhiConfig, compute_some_logits, take_head
 from corl_jax.policies.show_o.layout import FLOAT32_PARTS
 from corl_jax.types import Params
 
@@ -36,9 +37,10 @@ class ShowOConfig:
     magvit: MagvitConfig = dataclasses.field(default_factory=MagvitConfig)
     num_vq_tokens: int = 256  # codes of an image
     llm_vocab_size: int = 50295  # tokens of the text tokenizer
-    # True: files have a projector of CLIP's features, of which `clip_width` channels
+    # True: files have a projector of CLIP's features. No prompt reads it: images are read as codes.
     w_clip_vit: bool = False
-    clip_width: int = 1024
+    clip_width: int = 1024  # channels of CLIP's features
+    projector_width: int = 2048  # of its hidden layer and its output, as the original code has it
 
     @property
     def num_image_tokens(self) -> int:
@@ -90,7 +92,7 @@ PRESETS = {
 
 
 class ClipProjector(nnx.Module):
-    """CLIP's features [..., clip_width] -> embeddings [..., D]."""
+    """CLIP's features [..., clip_width] -> embeddings [..., projector_width]."""
 
     def __init__(self, inputs: int, width: int, *, rngs: nnx.Rngs):
         self.fc1 = make_linear(inputs, width, bias=True, rngs=rngs)
@@ -112,7 +114,7 @@ class ShowO(nnx.Module):
         self.lm_head = make_linear(width, config.phi.vocab_size, bias=True, rngs=rngs)
         self.vqmodel = Magvit(config.magvit, rngs=rngs)
         if config.w_clip_vit:
-            self.mm_projector = ClipProjector(config.clip_width, width, rngs=rngs)
+            self.mm_projector = ClipProjector(config.clip_width, config.projector_width, rngs=rngs)
 
     def embed_text(self, input_ids: jax.Array) -> jax.Array:
         """Embeds ids [..., T] of the one vocabulary to [..., T, D]."""
@@ -128,8 +130,11 @@ class ShowO(nnx.Module):
 
     def image_logits(self, hidden: jax.Array) -> jax.Array:
         """Computes float32 logits [..., num_codes] over image codes of hidden states [..., D]."""
-        config = self.config
-        return compute_some_logits(self.lm_head, hidden, config.image_offset, config.num_codes)
+        return self.take_image_head()(hidden)
+
+    def take_image_head(self) -> Callable[[jax.Array], jax.Array]:
+        """Returns `image_logits` for a loop, with the columns of the head taken once before it."""
+        return take_head(self.lm_head, self.config.image_offset, self.config.num_codes)
 
 
 def abstract(config: ShowOConfig, dtype: Any = jnp.float32) -> Params:

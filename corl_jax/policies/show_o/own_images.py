@@ -1,6 +1,8 @@
 """Samples and scores two turns: an image, and the answer to a question about that image.
 
-The question reads the codes that were drawn. No pixel is made.
+The question reads the codes that were drawn. No pixel is made. An answer then teaches the language
+model, not the image. With `LogprobOptions.straight_through` its gradient also flows through the
+embeddings of the codes into the logits that score them; see `soft_choices`.
 """
 
 from __future__ import annotations
@@ -14,10 +16,14 @@ import jax.numpy as jnp
 from corl_jax.devices.compiling import SamplerProgram
 from corl_jax.devices.mesh import constrain
 from corl_jax.policies.chunked_logprobs import repeat_rows
-from corl_jax.policies.family import LogprobOptions, SamplingOptions
+from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, SamplingOptions
 from corl_jax.policies.show_o import network
-from corl_jax.policies.show_o.logprobs import image_logprobs, text_logprobs
-from corl_jax.policies.show_o.network import ShowOConfig
+from corl_jax.policies.show_o.logprobs import (
+    compute_code_states,
+    score_code_states,
+    text_logprobs,
+)
+from corl_jax.policies.show_o.network import ShowO, ShowOConfig
 from corl_jax.policies.show_o.reading import place_codes
 from corl_jax.policies.show_o.sampling import (
     Answering,
@@ -29,11 +35,14 @@ from corl_jax.policies.show_o.sampling import (
     text_program,
 )
 from corl_jax.policies.show_o.tokens import SpecialTokens
+from corl_jax.policies.soft_choices import choose_vectors
 from corl_jax.tasks import TEXT
 from corl_jax.types import EncodedPrompts, Params, Segment
 
 ANSWER_KEYS = 2**31 - 2
 """Folded into the keys that draw the answers; the images keep the keys of image generation."""
+RELAXED_KEYS = 2**31 - 2
+"""Folded into NOISE_KEYS: the noise of relaxed codes."""
 
 
 def make_questions(
@@ -99,8 +108,31 @@ def score_own_answers(
     codes, text = segments
     assert prompts.next is not None  # the loader encodes both turns
     model = network.bind(sizes, params)
+    states, scored = compute_code_states(model, prompts, codes, options)
+    vectors = None
+    if options.straight_through is not None:
+        vectors = choose_code_vectors(model, states, scored, codes, options)
     questions = make_questions(prompts.next, codes.values, options.special)
     return (
-        image_logprobs(model, prompts, codes, options),
-        text_logprobs(model, questions, text.values, options),
+        score_code_states(model, states, scored, codes.values, options),
+        text_logprobs(model, questions, text.values, options, vectors),
     )
+
+
+def choose_code_vectors(
+    model: ShowO, states: tuple[jax.Array, ...], scored: jax.Array, codes: Segment,
+    options: LogprobOptions,
+) -> jax.Array:  # fmt: skip
+    """Returns the vectors [N, M, D] that questions read, relaxed where a code is scored.
+
+    The other codes were in sight of the network, which was never trained to predict such codes:
+    they have no relaxed gradient. The relaxed ones are those of the prompt, without guidance.
+    """
+    keys = jax.random.wrap_key_data(codes.replay[NOISE_KEYS])
+    # Apart from the keys that choose the scored places.
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, RELAXED_KEYS)
+    book = model.embed_image_tokens(jnp.arange(model.config.num_codes))
+    vectors, _ = choose_vectors(
+        model.image_logits, book, states[0], codes.values, keys, options, scored
+    )
+    return constrain(vectors, "batch", "length", None)

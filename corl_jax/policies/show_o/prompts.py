@@ -64,6 +64,7 @@ class Processor:
         self.max_text = max_text
         self.num_cut = 0  # prompts that were too long
 
+    # By the network's sizes, because a tokenizer file may lack the control tokens.
     @property
     def num_tokens(self) -> int:
         """The number of tokens of texts, with the control tokens behind them."""
@@ -128,8 +129,8 @@ class Processor:
         # At 1, 10, 100, ..: a run over many long prompts should say so, but not in every step.
         if str(self.num_cut).strip("0") == "1":
             logger.warning(
-                "%d prompts were cut to %d tokens, the longest text of this Show-o; the latest: %r",
-                self.num_cut, self.max_text, prompt[:LONGEST_SHOWN],
+                "prompts that were cut to %d tokens, the longest text of a Show-o: %d; the latest: "
+                "%r", self.max_text, self.num_cut, prompt[:LONGEST_SHOWN],
             )  # fmt: skip
 
     # ---- kinds of prompts, by the names that `tasks.TASKS` uses

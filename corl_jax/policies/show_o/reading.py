@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from corl_jax.policies.show_o.network import ShowO
 from corl_jax.policies.show_o.tokens import SpecialTokens
 from corl_jax.types import EncodedPrompts
 
+FRONT = 3
+"""Tokens beside the codes in front of a question: mmu, soi and eoi."""
 IMAGE_ORDERS = "causal", "full"
 """A text is causal, and its image sees all of itself; see `models.phi.Order`."""
 
@@ -41,30 +44,33 @@ def prepare_texts(
     return move_padding_last(rows.interleave_prompts(ids, blank_ids(ids, special)), special)
 
 
-def embed_images(model: ShowO, codes: jax.Array, special: SpecialTokens) -> jax.Array:
-    """Embeds soi, codes [N, M] and eoi to [N, M + 2, D]; code K is the mask token."""
+def frame_codes(codes: jax.Array, special: SpecialTokens) -> jax.Array:
+    """Returns the ids [N, M + 2] of soi, codes [N, M] and eoi; code K is the mask token."""
     ids = jnp.pad(codes + special.first_code, ((0, 0), (1, 1)))
-    return model.embed_text(ids.at[:, 0].set(special.soi).at[:, -1].set(special.eoi))
+    return ids.at[:, 0].set(special.soi).at[:, -1].set(special.eoi)
 
 
-def split_image_states(hidden: jax.Array, rows: Rows) -> tuple[jax.Array, ...]:
+def split_image_states(
+    hidden: jax.Array, rows: Rows, *, framed: bool = False
+) -> tuple[jax.Array, ...]:
     """Returns the states [N, M, D] of the codes: conditional ones, and unconditional with guidance.
 
-    `hidden` [rows, M + 2, D] are those of `embed_images`.
+    `hidden` [rows, M + 2, D] are those of the ids of `frame_codes`; `framed` keeps all of them.
     """
-    states = rows.split(hidden[:, 1:-1])
+    states = rows.split(hidden if framed else hidden[:, 1:-1])
     return states if rows.guided else states[:1]
 
 
 def compute_image_logits(
-    model: ShowO, states: tuple[jax.Array, ...], cfg_scale: Any
+    image_logits: Callable[[jax.Array], jax.Array], states: tuple[jax.Array, ...], cfg_scale: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Computes float32 logits [..., K] of states of `split_image_states`: (conditional, guided).
 
-    Without unconditional states both are the same.
+    `image_logits` are those of a `ShowO`, or of its `take_image_head`. Without unconditional states
+    both are the same.
     """
     # float32 before the guidance, which enlarges rounding.
-    conditional, *other = (model.image_logits(x).astype(jnp.float32) for x in states)
+    conditional, *other = (image_logits(x).astype(jnp.float32) for x in states)
     if not other:
         return conditional, conditional
     # Muse's form, in this order as in the original: weight 5 is a scale of 6.

@@ -27,10 +27,11 @@ from corl_jax.policies.show_o.layout import RULES
 from corl_jax.policies.show_o.logprobs import image_logprobs
 from corl_jax.policies.show_o.network import ShowO, ShowOConfig
 from corl_jax.policies.show_o.reading import (
+    FRONT,
     IMAGE_ORDERS,
     compute_image_logits,
-    embed_images,
     fill_codes,
+    frame_codes,
     prepare_texts,
     split_image_states,
 )
@@ -67,13 +68,14 @@ def draw_images(
     special, attention = options.special, options.attention
     rows = Rows(check_group_size(prompts, keys), options.guided)
     num_places, num_codes = model.config.num_image_tokens, model.config.num_codes
+    image_logits = model.take_image_head()
     ids, lengths = prepare_texts(prompts, rows, special)
     _, caches = model.language_model.read_first(
         model.embed_text(ids), lengths, IMAGE_ORDERS[0], attention=attention
     )
 
     def read(codes: jax.Array) -> tuple[jax.Array, ...]:
-        embeds = rows.repeat_samples(embed_images(model, codes, special))
+        embeds = rows.repeat_samples(model.embed_text(frame_codes(codes, special)))
         hidden = model.language_model.read_second(
             embeds, caches, lengths, IMAGE_ORDERS[1], attention=attention
         )
@@ -84,7 +86,7 @@ def draw_images(
         greedy = mark_last_rows(len(keys), rows.group_size)
     unmasker = Unmasker(
         read=read,
-        logits_of=lambda states: compute_image_logits(model, states, cfg_scale),
+        logits_of=lambda states: compute_image_logits(image_logits, states, cfg_scale),
         noise=noise or make_noise(keys, num_places, num_codes),
         num_codes=num_codes,
         steps=count_steps(options.unmasking, num_places),
@@ -109,6 +111,7 @@ def _run_image_program(
     model = network.bind(config, gather_over_fsdp(network.cast(params, options.dtype), RULES))
     drawn = draw_images(model, prompts, keys, cfg_scale, temperature, options, known, arrays)
     group_size, unmasking = check_group_size(prompts, keys), options.unmasking
+    # These numbers stay on the device until the update, two bytes for each code.
     committed_at = drawn.committed_at.astype(jnp.int16)
     replay = make_replay(keys, group_size, committed_at, unmasking)
     if unmasking.logprobs == "none":
@@ -146,6 +149,8 @@ def sample_codes(
     """
     drawing = make_drawing(sizes, options)
     program = image_program.choose_build(len(keys) * (1 + drawing.guided), params, prompts, keys)
+    # Scale and temperature are traced, so that another value compiles nothing; whether there is
+    # guidance decides the shapes.
     drawn, logprobs, replay = program(
         sizes, params, prompts, keys, jnp.float32(options.cfg_scale),
         jnp.float32(options.temperature), options=drawing,
@@ -206,7 +211,7 @@ def _run_text_program(
     # mmu, soi, the codes and eoi see each other in both directions.
     decoder, last = read_question_prompts(
         model.language_model, model.embed_text(ids), ids != special.pad,
-        config.num_image_tokens + 3, options.attention,
+        config.num_image_tokens + FRONT, options.attention,
     )  # fmt: skip
     greedy_last = rows.group_size if options.greedy_last else 0
     choice = Choice(temperature, options.greedy, options.top_k, options.top_p, greedy_last)

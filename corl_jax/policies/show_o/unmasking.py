@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from corl_jax.policies.choices import token_logprobs
+from corl_jax.policies.chunked_logprobs import map_chunks
 
 # log of the largest float32: confidence of known places, above every other one with its noise.
 KNOWN = np.log(np.finfo(np.float32).max)
@@ -198,24 +199,14 @@ class Unmasker:
         self, states: Any, codes: jax.Array, known: jax.Array, greedy: jax.Array, number: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns (codes, log-probs without guidance, log-probs with it), each [N, M]."""
-        rows, num_places = codes.shape
-        size = max(1, min(num_places, self.chunk // rows))
-        pieces = -(-num_places // size)
 
-        def split(x: jax.Array) -> jax.Array:
-            # [N, M, ...] -> [pieces, N, size, ...]
-            padding = [(0, 0), (0, pieces * size - num_places)] + [(0, 0)] * (x.ndim - 2)
-            return jnp.pad(x, padding).reshape(rows, pieces, size, *x.shape[2:]).swapaxes(0, 1)
-
-        def draw(piece: tuple) -> tuple[jax.Array, ...]:
+        def draw(piece: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
             states, codes, known, places = piece
-            both = [logits / self.temperature for logits in self.logits_of(states)]
-            gumbels = jnp.where(greedy[..., None], 0.0, self.noise.gumbels(number, places))
-            drawn = jnp.argmax(both[1] + gumbels, axis=-1).astype(jnp.int32)
+            conditional, guided = (x / self.temperature for x in self.logits_of(states))
+            gumbels = jnp.where(greedy[..., None], 0.0, self.noise.gumbels(number, places[0]))
+            drawn = jnp.argmax(guided + gumbels, axis=-1).astype(jnp.int32)
             drawn = jnp.where(known, codes, drawn)
-            return drawn, *(token_logprobs(logits, drawn) for logits in both)
+            return drawn, token_logprobs(conditional, drawn), token_logprobs(guided, drawn)
 
-        places = jnp.arange(pieces * size).reshape(pieces, size)
-        out = lax.map(draw, (*(jax.tree.map(split, x) for x in (states, codes, known)), places))
-        drawn, *logprobs = (x.swapaxes(0, 1).reshape(rows, -1)[:, :num_places] for x in out)
-        return drawn, logprobs[0], logprobs[1]
+        places = jnp.broadcast_to(jnp.arange(codes.shape[1]), codes.shape)
+        return map_chunks(draw, (states, codes, known, places), self.chunk)

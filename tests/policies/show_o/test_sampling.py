@@ -10,13 +10,28 @@ import numpy as np
 import pytest
 
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
-from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, SamplingOptions, Unmasking
-from corl_jax.policies.show_o import network, sampling
-from corl_jax.policies.show_o.hiding import COMMITTED_AT, HIDDEN_SHARES, choose_scored
+from corl_jax.policies.family import (
+    NOISE_KEYS,
+    LogprobOptions,
+    SamplingOptions,
+    StraightThrough,
+    Unmasking,
+)
+from corl_jax.policies.show_o import images, network, sampling
+from corl_jax.policies.show_o.hiding import (
+    COMMITTED_AT,
+    HIDDEN_SHARES,
+    choose_hidden,
+    choose_scored,
+)
 from corl_jax.policies.show_o.layout import RULES
 from corl_jax.policies.show_o.logprobs import score_answers, score_codes
 from corl_jax.policies.show_o.masks import make_generation_mask, make_question_mask
-from corl_jax.policies.show_o.own_images import sample_own_answers, score_own_answers
+from corl_jax.policies.show_o.own_images import (
+    choose_code_vectors,
+    sample_own_answers,
+    score_own_answers,
+)
 from corl_jax.policies.show_o.reading import blank_ids, fill_codes, place_codes
 from corl_jax.policies.show_o.unmasking import GIVEN, list_masked_counts, list_temperatures
 from corl_jax.tasks import CODES, TEXT
@@ -184,7 +199,7 @@ def test_scoring_repeats_what_the_sampler_recorded(params, form, distribution):
     prompts, changes = drawing_prompts(), {"image_logprobs": distribution, "unmasking": form}
     segments = sample(params, prompts, make_keys(6), temperature=1.5, **changes)
     options = dataclasses.replace(SCORING, temperature=1.5, **changes)
-    (scored,) = choose_scored(segments, options)
+    (scored,) = choose_scored(prompts, segments, options)
     score = jax.jit(lambda *x: score_codes(CONFIG, params, *x, options)[0])
     logprobs, entropies = score(prompts, segments)
     np.testing.assert_allclose(logprobs, segments[0].logprobs, atol=2e-5)
@@ -201,7 +216,7 @@ def test_scoring_repeats_what_the_sampler_recorded(params, form, distribution):
 def test_one_shot_log_probs_equal_a_masked_pass(params, model):
     prompts = drawing_prompts()
     segments = sample(params, prompts, make_keys(6))
-    (hidden,) = choose_scored(segments, SCORING)
+    (hidden,) = choose_scored(drawing_prompts(), segments, SCORING)
     values = segments[0].values
     ids = jnp.repeat(jnp.asarray(prompts.input_ids), 2, axis=0)
     logits = slow_logits(model, ids, jnp.where(hidden, K, values))
@@ -212,7 +227,7 @@ def test_one_shot_log_probs_equal_a_masked_pass(params, model):
 
 def test_a_group_hides_equally_many_codes_at_different_places(params):
     segments = sample(params, drawing_prompts(), make_keys(24))
-    (hidden,) = choose_scored(segments, SCORING)
+    (hidden,) = choose_scored(drawing_prompts(), segments, SCORING)
     counts = np.asarray(hidden).sum(axis=-1).reshape(3, 8)
     assert (counts == counts[:, :1]).all() and len({*counts[:, 0]}) > 1
     shares = np.asarray(segments[0].replay[HIDDEN_SHARES]).reshape(3, 8)
@@ -224,14 +239,14 @@ def test_trajectories_and_complements_score_every_code_once(params):
     for form in (FORMS[1], FORMS[2]):
         segments = sample(params, drawing_prompts(), make_keys(6), unmasking=form)
         options = dataclasses.replace(SCORING, unmasking=form)
-        assert np.asarray(choose_scored(segments, options)[0]).all()
+        assert np.asarray(choose_scored(drawing_prompts(), segments, options)[0]).all()
 
 
 def test_given_images_hide_a_share_of_their_own():
     bits = jax.random.key_data(make_keys(400))
     codes = jnp.zeros((400, PLACES), jnp.int32)
     segment = Segment(CODES, codes, codes == 0, replay={NOISE_KEYS: bits})
-    hidden = np.asarray(choose_scored((segment,), SCORING)[0]).sum(axis=-1)
+    hidden = np.asarray(choose_scored(drawing_prompts(), (segment,), SCORING)[0]).sum(axis=-1)
     assert hidden.min() == 1 and hidden.max() == PLACES
     # The mean of cos(pi t / 2) is 2 / pi.
     assert abs(hidden.mean() / PLACES - 2 / np.pi) < 0.06
@@ -319,3 +334,59 @@ def test_own_images_are_asked_about_by_their_codes(params):
     text = Segment(TEXT, segments[1].values, segments[1].mask)
     ((logprobs, _),) = score_answers(CONFIG, params, asked, (text,), SCORING)
     np.testing.assert_allclose(logprobs, scores[1][0], atol=2e-5)
+
+
+@pytest.mark.parametrize("redraw", [False, True])
+def test_hidden_codes_pass_the_gradient_of_an_answer(params, model, redraw):
+    draw = np.random.default_rng(3)
+    states = (draw.standard_normal((6, PLACES, CONFIG.phi.hidden_size)).astype(np.float32),)
+    values = draw.integers(0, K, (6, PLACES)).astype(np.int32)
+    bits = jax.random.key_data(make_keys(6))
+    codes = Segment(CODES, values, values >= 0, replay={NOISE_KEYS: bits})
+    hidden = choose_hidden(codes)
+    options = dataclasses.replace(SCORING, straight_through=StraightThrough(redraw))
+
+    def read(states):
+        return choose_code_vectors(model, states, hidden, codes, options)
+
+    vectors = np.asarray(read(states))
+    changed = (vectors != np.asarray(model.embed_image_tokens(values))).any(axis=-1)
+    assert changed.any() == redraw and not changed[~np.asarray(hidden)].any()
+    weights = draw.standard_normal(vectors.shape)
+    (gradient,) = jax.grad(lambda states: (read(states) * weights).sum())(states)
+    np.testing.assert_array_equal(np.abs(gradient).max(axis=-1) > 0, hidden)
+
+
+def test_log_probs_with_gradients_through_images_are_the_same(params):
+    questions = dataclasses.replace(question_prompts(), pixel_values=None)
+    prompts = dataclasses.replace(drawing_prompts(), next=questions)
+    segments = sample_own_answers(CONFIG, params, prompts, make_keys(6), OPTIONS)
+
+    def score(params, options):
+        scores = score_own_answers(CONFIG, params, prompts, segments, options)
+        return jnp.where(segments[1].mask, scores[1][0], 0.0).sum(), scores
+
+    gradient = jax.jit(jax.grad(score, has_aux=True), static_argnums=1)
+    detached, plain = gradient(params, SCORING)
+    through, soft = gradient(
+        params, dataclasses.replace(SCORING, straight_through=StraightThrough())
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), plain, soft)
+    columns = [
+        np.asarray(x["lm_head"]["kernel"])[:, SPECIAL.first_code : SPECIAL.mask]
+        for x in (detached, through)
+    ]
+    assert np.isfinite(columns[1]).all() and np.abs(columns[1] - columns[0]).max() > 1e-4
+
+
+def test_images_are_coded_and_decoded_in_even_chunks(params, model, monkeypatch):
+    monkeypatch.setattr(images, "CODED_AT_ONCE", 2)
+    codes = np.random.default_rng(0).integers(0, K, (5, PLACES))
+    pixels = model.vqmodel.decode(codes)
+    levels = images.decode_images(CONFIG, params, codes)
+    assert levels.dtype == np.uint8 and levels.shape == pixels.shape
+    exact = np.clip((np.asarray(pixels) + 1) / 2 * 255, 0, 255)
+    sure = np.abs(exact - exact.round()) > 1e-2  # elsewhere rounding decides the last unit
+    np.testing.assert_array_equal(np.asarray(levels)[sure], exact.astype(np.uint8)[sure])
+    again = images.encode_images(CONFIG, params, pixels)
+    np.testing.assert_array_equal(again, model.vqmodel.encode(pixels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import jax
@@ -137,8 +138,11 @@ def test_settings_that_no_tensor_shows(copy, tmp_path):
     notes = convert(copy, tmp_path / "jax", KIND)
     assert len(notes) == 2 and note in notes[0] and "0.5, 10000, 1e-05 and gelu_new" in notes[0]
     assert any(note in line for line in describe(copy, KIND))
-    with pytest.raises(InputError, match="hf download microsoft/phi-1_5 --include"):
+    with pytest.raises(InputError) as error:
         find_tokenizer(copy)
+    assert "phi-1_5/tokenizer.json: not found" in str(error.value)
+    command = "hf download microsoft/phi-1_5 tokenizer.json .* config.json --local-dir .*/phi-1_5`"
+    assert re.search(command, str(error.value))
 
 
 def test_a_small_model_may_have_the_folder_of_the_large_ones_tokenizer(copy, tmp_path):
@@ -150,6 +154,46 @@ def test_a_small_model_may_have_the_folder_of_the_large_ones_tokenizer(copy, tmp
     written = json.loads((tmp_path / "out/phi-1_5/config.json").read_text())
     assert (written["num_hidden_layers"], written["hidden_size"]) == (3, 32)
     assert load_config(tmp_path / "out", KIND) == config
+
+
+def add_projector(folder, inner=2048) -> None:
+    """Adds the projector of the original code, whose sizes are constants, and its option."""
+    state = load_file(folder / "pytorch_model.safetensors")
+    draw = np.random.default_rng(0).standard_normal
+    for number, inputs in ((0, 1024), (2, inner)):
+        state[f"mm_projector.{number}.weight"] = draw((inner, inputs)).astype(np.float32)
+        state[f"mm_projector.{number}.bias"] = draw(inner).astype(np.float32)
+    save_file(state, folder / "pytorch_model.safetensors", metadata={"format": "pt"})
+    change(folder / "config.json", w_clip_vit=True)
+
+
+def test_a_projector_is_kept_and_its_lack_of_use_is_said(copy, tmp_path):
+    add_projector(copy)
+    notes = convert(copy, tmp_path / "jax", KIND)
+    assert len(notes) == 1 and "learned to answer from CLIP's features" in notes[0]
+    convert(tmp_path / "jax", tmp_path / "back", KIND, layout="original")
+    first, second = (
+        load_file(folder / "pytorch_model.safetensors") for folder in (copy, tmp_path / "back")
+    )
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    change(copy / "config.json", w_clip_vit=None)
+    assert load_config(copy, KIND).w_clip_vit
+    change(copy / "config.json", w_clip_vit=False)
+    assert "w_clip_vit is false, expected true" in problems_of(copy)
+
+
+def test_sizes_that_the_config_leaves_out(copy, tmp_path):
+    data = json.loads((copy / "config.json").read_text())
+    for name in ("codebook_size", "llm_vocab_size", "mask_token_id", "vocab_size", "w_clip_vit"):
+        del data[name]
+    write_json(copy / "config.json", data)
+    assert load_config(copy, KIND) == torch_show_o.jax_config(torch_show_o.tiny_phi().config)
+    del data["num_vq_tokens"]
+    write_json(copy / "config.json", data)
+    assert load_config(copy, KIND).num_vq_tokens == 256
+    (note,) = convert(copy, tmp_path / "jax", KIND)
+    assert "does not state num_vq_tokens; an image is taken to have 256 codes" in note
 
 
 def test_wrong_files_are_refused(copy):

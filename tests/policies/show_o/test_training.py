@@ -86,10 +86,13 @@ def test_it_resumes_to_the_bit(model, rows, tmp_path, one_device):
         assert [line.get(name) for line in whole] == [line.get(name) for line in halves]
 
 
-@pytest.mark.parametrize("stage", ["sft", pytest.param("self_sft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage",
+    ["sft", *(pytest.param(x, marks=pytest.mark.slow) for x in ("self_sft", "self_sft_through"))],
+)
 def test_supervised_stages_hide_codes_of_given_images(model, rows, tmp_path, one_device, stage):
     changes = {"stage": stage, "rewards": [], "rollout": {}, "algorithm": {}}
-    if stage == "self_sft":
+    if stage != "sft":
         changes["rewards"] = own_images(tmp_path)["rewards"]
     lines = run(
         model, rows, tmp_path / "run", optimizer={"learning_rate": 1e-2, "schedule": "constant"},
@@ -97,6 +100,21 @@ def test_supervised_stages_hide_codes_of_given_images(model, rows, tmp_path, one
     )  # fmt: skip
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 8 and losses[-1] < losses[0]
+
+
+def test_the_stage_of_the_image_tokenizer_trains_it_alone(model, rows, tmp_path, one_device):
+    lines = run(
+        model, rows, tmp_path / "run", stage="vq", rewards=[], rollout={}, algorithm={},
+        optimizer={"learning_rate": 1e-2, "schedule": "constant"},
+        train={"max_steps": 8, "trainable": ["vqmodel/.*"]},
+    )  # fmt: skip
+    errors = [line["vq/l1"] for line in lines if "vq/l1" in line]
+    assert len(errors) == 8 and errors[-1] < errors[0]
+    before, after = (load_policy(folder).params for folder in (model, tmp_path / "run" / "export"))
+    for half in ("encoder", "decoder"):
+        kernels = [np.asarray(x["vqmodel"][half]["conv_in"]["kernel"]) for x in (before, after)]
+        assert (kernels[0] != kernels[1]).any()
+    np.testing.assert_array_equal(before["lm_head"]["kernel"], after["lm_head"]["kernel"])
 
 
 def test_commands_draw_and_answer(model, tmp_path, capsys, one_device):

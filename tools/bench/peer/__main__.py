@@ -1,12 +1,13 @@
 """Measures PyTorch on the shapes of `python -m tools.bench`, which starts this; JSON on stdout.
 
-Weights are random and bfloat16. Warm-up comes first. Sampling is timed once, the training step
+Weights are random. Warm-up comes first. Sampling is timed once, the training step
 --repeats times.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib.metadata
 import json
@@ -19,19 +20,28 @@ from typing import Any
 
 import torch
 
-from tools.bench.peer import generation, training
-from tools.bench.peer.model import Peer, build
+from tools.bench.peer import generation, model, show_o, training
+from tools.bench.peer.model import Peer
 from tools.bench.sizes import SIZES
 from tools.bench.timing import GIB
-from tools.bench.vocabularies import write_processor
 
 Measured = tuple[list[float], dict[str, Any]]  # seconds of the calls, figures
-RUNS: dict[tuple[str, str], Callable[[Peer], Measured]] = {
-    ("image", "transformers generate"): generation.time_generated_images,
-    ("image", "eager loop"): generation.time_looped_images,
-    ("text", "transformers generate"): generation.time_generated_texts,
-    ("train", "eager step"): training.time_steps,
+BUILDERS: dict[str, Callable[..., Any]] = {"janus": model.build, "show_o": show_o.build}
+RUNS: dict[str, dict[tuple[str, str], Callable[[Peer], Measured]]] = {
+    "janus": {
+        ("image", "transformers generate"): generation.time_generated_images,
+        ("image", "eager loop"): generation.time_looped_images,
+        ("text", "transformers generate"): generation.time_generated_texts,
+        ("train", "eager step"): training.time_steps,
+    },
+    "show_o": {
+        ("image", "eager loop"): functools.partial(show_o.time_images, True),
+        ("image", "eager float32 loop"): functools.partial(show_o.time_images, False),
+        ("text", "eager loop"): show_o.time_answers,
+        ("train", "eager step"): show_o.time_steps,
+    },
 }
+"""Family -> (part, name) -> the work of PyTorch."""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -86,11 +96,11 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(describe_environment(args.device)), flush=True)
     size = SIZES[args.size]
     with tempfile.TemporaryDirectory() as folder:
-        special = write_processor(Path(folder) / "janus", size.janus).special
-    model = build(size.janus, special, args.device)
-    peer = Peer(size, special, args.prompts, args.group, args.repeats, args.device, model)
+        special = size.measured.write_processor(Path(folder) / "policy", size.policy).special
+    network = BUILDERS[size.model](size, special, args.device)
+    peer = Peer(size, special, args.prompts, args.group, args.repeats, args.device, network)
     failed = False
-    for (part, name), run in RUNS.items():
+    for (part, name), run in RUNS[size.model].items():
         if part not in args.parts.split(","):
             continue
         print(f"measuring {part}: {name}", file=sys.stderr, flush=True)

@@ -24,13 +24,13 @@ TOP_K = 50  # transformers' default, which the reference samples answers with
 def make_image_prompts(peer: Peer) -> EncodedPrompts:
     """Returns the image prompts of the benchmark."""
     size = peer.size
-    return inputs.make_image_prompts(size.janus, peer.special, peer.prompts, size.image_prompt)
+    return inputs.make_image_prompts(size, peer.special, peer.prompts, size.image_prompt)
 
 
 def make_questions(peer: Peer) -> EncodedPrompts:
     """Returns the questions of the benchmark."""
     size = peer.size
-    return inputs.make_questions(size.janus, peer.special, peer.prompts, size.text_prompt)
+    return inputs.make_questions(size, peer.special, peer.prompts, size.text_prompt)
 
 
 def time_generated_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
@@ -118,7 +118,7 @@ def _time_images(
     peer: Peer, sample: Callable[[int], torch.Tensor]
 ) -> tuple[list[float], dict[str, Any]]:
     """Times `sample`, steps -> codes [N, steps], and the pixels of its codes."""
-    steps, count = peer.size.janus.num_image_tokens, peer.prompts * peer.group
+    steps, count = peer.size.limits.image_tokens, peer.prompts * peer.group
     # A few tokens, repeated to the length of an image, also warm up the decoder.
     codes = sample(WARM_UP).repeat(1, steps)[:, :steps]
     decode_pixels(peer.model, codes)

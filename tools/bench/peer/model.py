@@ -13,7 +13,6 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers import JanusConfig as TorchConfig
 
 from corl_jax.policies.janus.checkpoint import transformers as transformers_layout
-from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.types import EncodedPrompts
 from tools.bench.sizes import Size
@@ -26,12 +25,16 @@ class Peer:
     """One run: the sizes, how often, where, and the model."""
 
     size: Size
-    special: SpecialTokens
+    special: Any  # ids of special tokens
     prompts: int
     group: int
     repeats: int
     device: str  # `cuda` or `cpu`
     model: Any
+
+    @property
+    def completions(self) -> int:
+        return self.prompts * self.group
 
     def to_tensor(self, array: Any) -> torch.Tensor:
         """Moves an array to the device: ids as int64, numbers in bfloat16."""
@@ -68,9 +71,9 @@ class Peer:
         return embeds.masked_scatter(places, features.to(embeds.dtype))
 
 
-def build(config: JanusConfig, special: SpecialTokens, device: str) -> Any:
+def build(size: Size, special: SpecialTokens, device: str) -> Any:
     """Makes a random model; its texts never end, its images are sampled from the full softmax."""
-    settings = TorchConfig.from_dict(transformers_layout.write(config, "bfloat16", special))
+    settings = TorchConfig.from_dict(transformers_layout.write(size.policy, "bfloat16", special))
     with torch.device(device):  # made where it is used: on the host it would take minutes
         model = AutoModelForImageTextToText.from_config(
             settings, dtype=DTYPE, attn_implementation="sdpa"

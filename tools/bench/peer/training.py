@@ -37,9 +37,9 @@ def time_steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     )
     image_prompts, text_prompts = make_image_prompts(peer), make_questions(peer)
     batches = [
-        inputs.make_task_batch(size.janus, peer.special, prompts, peer.group, length)
+        inputs.make_task_batch(size, peer.special, prompts, peer.group, length)
         for prompts, length in (
-            (image_prompts, size.janus.num_image_tokens),
+            (image_prompts, size.limits.image_tokens),
             (text_prompts, size.answer),
         )
     ]

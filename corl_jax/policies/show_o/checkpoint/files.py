@@ -47,21 +47,35 @@ def find_tokenizer(folder: Path) -> Path:
     for place in places:
         if (place / "tokenizer.json").is_file():
             return place
-    # `--include` takes several patterns behind it; the weights of phi-1_5 are not needed.
-    small = " --include '*.json' 'merges.txt' --exclude '*.safetensors*'"
-    raise InputError(describe_missing(folder, f"{PHI}/tokenizer.json", PHI_HUB_ID, small))
+    # By name: its weights are not needed, and versions of hf read several patterns differently.
+    names = (*TOKENIZER_FILES, "config.json")
+    raise InputError(describe_missing(folder / PHI, PHI_HUB_ID, names))
 
 
 def note_assumptions(folder: Path, config: ShowOConfig) -> list[str]:
-    """Returns a line with the settings that no file states; none with phi-1_5's config.json."""
-    place, phi = find_phi(folder), config.phi
-    if place and (place / "config.json").is_file():
-        return []
-    return [
-        f"{folder}: no file states the share of each head that is rotated, the rotary base, the "
-        f"norms' epsilon and the activation; they are taken to be those of {PHI_HUB_ID}: "
-        f"{phi.partial_rotary_factor:g}, {phi.rope_theta:g}, {phi.layer_norm_eps:g} and gelu_new"
-    ]
+    """Returns lines with the settings that no file states, and with the projector, if any."""
+    place, phi, notes = find_phi(folder), config.phi, []
+    if not (place and (place / "config.json").is_file()):
+        notes.append(
+            f"{folder}: no file states the share of each head that is rotated, the rotary base, "
+            "the norms' epsilon and the activation; they are taken to be those of "
+            f"{PHI_HUB_ID}: {phi.partial_rotary_factor:g}, {phi.rope_theta:g}, "
+            f"{phi.layer_norm_eps:g} and gelu_new"
+        )
+    file = folder / "config.json"
+    stated = read_json(file) if file.is_file() else {}
+    # Our own config.json states all sizes, and no class of the original code.
+    if "_class_name" in stated and stated.get("num_vq_tokens") is None:
+        notes.append(
+            f"{file}: does not state num_vq_tokens; an image is taken to have "
+            f"{config.num_vq_tokens} codes, as in the original code"
+        )
+    if config.w_clip_vit:
+        notes.append(
+            f"{folder}: learned to answer from CLIP's features, which are not implemented; "
+            "questions read the codes of an image, so take a Show-o without w_clip_vit for answers"
+        )
+    return notes
 
 
 def write_assets(

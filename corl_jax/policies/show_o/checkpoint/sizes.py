@@ -49,9 +49,14 @@ def parse(
         fields.equal("vocab_size", phi.vocab_size)
         fields.equal("mask_token_id", phi.vocab_size - 1)
     has_projector = "mm_projector.0.weight" in shapes
-    w_clip_vit = fields.data.get("w_clip_vit", has_projector)
+    w_clip_vit = fields.data["w_clip_vit"] if fields.has("w_clip_vit") else has_projector
     if not isinstance(w_clip_vit, bool):
         problems.add(f"{file}: w_clip_vit is {w_clip_vit!r}, expected true or false")
+    elif has_projector and not w_clip_vit:
+        problems.add(
+            f"{file}: w_clip_vit is false, expected true: the weights have a projector "
+            "mm_projector; copy config.json from the Show-o that the weights come from"
+        )
     return ShowOConfig(
         phi=phi,
         magvit=magvit,
@@ -61,6 +66,7 @@ def parse(
         ),
         w_clip_vit=bool(w_clip_vit),
         clip_width=_get_size(shapes, "mm_projector.0.weight", 1, ShowOConfig.clip_width),
+        projector_width=_get_size(shapes, "mm_projector.0.weight", 0, ShowOConfig.projector_width),
     )
 
 
@@ -100,9 +106,9 @@ def check(config: ShowOConfig, where: str) -> list[str]:
 
 def check_expressible(layout: str, config: ShowOConfig) -> None:
     """Checks that the original files can express the sizes. Raises: InputError if not."""
-    if config.w_clip_vit and (config.clip_width, config.phi.hidden_size) != (1024, 2048):
+    if config.w_clip_vit and (config.clip_width, config.projector_width) != (1024, 2048):
         raise InputError(
-            f"w_clip_vit: found a projector of {config.clip_width} to {config.phi.hidden_size} "
+            f"w_clip_vit: found a projector of {config.clip_width} to {config.projector_width} "
             "channels; the original code has 1024 to 2048 only: write the layout jax"
         )
 

@@ -1,0 +1,87 @@
+"""Commands with a Show-o in its original files, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import corl_jax
+from corl_jax import generate
+from corl_jax.errors import Problems
+from corl_jax.evaluate.draw_options import check_lengths
+from corl_jax.evaluation.writers.writer import PromptList
+from corl_jax.score import __main__ as score
+from corl_jax.serve import requests
+from corl_jax.serve.engine import Engine
+from tests.support import show_o_files
+from tests.support.tiny_models import tiny_image
+
+CONTROL = "a <|soi|> circle"
+REFUSED = f"the text {CONTROL!r} contains '<|soi|>', a control token of Show-o; remove it"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return show_o_files.original_folder(tmp_path_factory.mktemp("models") / "show-o")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return corl_jax.load(folder, dtype="float32")
+
+
+def refuse(capsys, main, *arguments) -> str:
+    with pytest.raises(SystemExit) as error:
+        main([str(argument) for argument in arguments])
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_plans_are_refused(folder, tmp_path, capsys):
+    said = refuse(
+        capsys, generate.main, "image", "--model", folder, "--prompt", "a circle", "--think",
+        "--max-new-tokens", 4, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert "--think: the task" in said and "which a show_o does not make" in said
+
+
+def test_control_tokens_are_refused_with_the_number_of_their_prompt(folder, tmp_path, capsys):
+    said = refuse(
+        capsys, generate.main, "image", "--model", folder, "--prompt", "a circle",
+        "--prompt", CONTROL, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert f"prompt 1: {REFUSED}" in said
+
+
+def test_a_list_with_control_tokens_is_refused(model):
+    texts, problems = ("a", CONTROL), Problems()
+    prompts: Any = [SimpleNamespace(name=str(i), text=text) for i, text in enumerate(texts)]
+    check_lengths(model.policy, PromptList(tuple(prompts), ()), problems)
+    assert list(problems) == [f"--prompts: prompt 1: {REFUSED}"]
+
+
+def test_a_server_answers_control_tokens_with_400(model):
+    engine = Engine(model.policy, jnp.dtype("float32"), batch_size=2)
+    side = model.policy.family.limits(model.policy.sizes).image_side
+    engine.prepare_images(requests.read_image_request({"prompt": "a circle"}, side))
+    with pytest.raises(requests.ApiError) as error:
+        engine.prepare_images(requests.read_image_request({"prompt": CONTROL}, side))
+    assert (error.value.status, error.value.message) == (400, f"prompt: {REFUSED}")
+
+
+def test_a_reward_asks_a_show_o(folder, tmp_path, capsys):
+    image = tiny_image(0, (16, 16))
+    image.save(tmp_path / "image.png")
+    case = {"image": "image.png", "qa_problem": "how many?", "qa_solution": "two"}
+    (tmp_path / "cases.jsonl").write_text(json.dumps(case) + "\n")
+    cases = ("--input", tmp_path / "cases.jsonl", "--model", folder, "--dtype", "float32")
+    score.main([str(x) for x in ("--reward", "answer_logprob", *cases)])
+    reward = json.loads(capsys.readouterr().out)["reward"]
+    assert 0 < reward < 1 and np.isfinite(reward)
+    said = refuse(capsys, score.main, "--reward", "t2i_ti_sim", *cases)
+    assert "show_o" in said
