@@ -65,9 +65,14 @@ def process_shard(mesh: Mesh) -> tuple[int, int]:
 def put_rows(mesh: Mesh, tree: Any) -> Any:
     """Makes global arrays from the rows of each process, with rows spread over the mesh."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
-    )
+    placed: dict[int, jax.Array] = {}  # an array that is there twice is placed once
+
+    def place(x: Any) -> jax.Array:
+        if id(x) not in placed:
+            placed[id(x)] = jax.make_array_from_process_local_data(sharding, np.asarray(x))
+        return placed[id(x)]
+
+    return jax.tree.map(place, tree)
 
 
 def to_host_rows(x: jax.Array) -> np.ndarray:

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 
 from corl_jax.devices.mesh import constrain
+from corl_jax.models.lookup import look_up
 
 Remat = Literal["none", "full", "dots"]
 
@@ -43,7 +44,7 @@ class Embedding(nnx.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         # The ids and the table are both split over fsdp: the table is gathered.
         table = constrain(self.embedding[...], "any", "embed")
-        return jnp.take(table, ids, axis=0)
+        return look_up(table, ids)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> Any:

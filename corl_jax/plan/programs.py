@@ -167,6 +167,8 @@ def make_batch(
             for segment in attach_shardings(sampled, batch_sharding(outline.mesh))
         )
         logprobs = tuple(shape(segment.mask.shape, jnp.float32) for segment in segments)
+        if outline.family.place_codes is not None:  # see train.image_codes
+            prompts = dataclasses.replace(prompts, pixel_values=None)
         return TaskBatch(
             prompts,
             segments,

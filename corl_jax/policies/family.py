@@ -268,6 +268,9 @@ class Family:
     # images: values are those of a segment of codes
     decode_images: Callable[..., jax.Array]  # (sizes, params, values, dtype=) -> uint8 [N, S, S, 3]
     encode_images: Callable[[Sizes, Params, jax.Array], jax.Array]  # [N, S, S, 3] in [-1, 1]
+    # (ids of questions [B, P], codes of their images, special) -> ids with these codes, if the
+    # family reads the codes of `encode_images`. None: it reads pixels, with a network of its own.
+    place_codes: Callable[[Array, Array, Any], Array] | None = None
     prompts: tuple[str, ...] = ("generate", "question")  # kinds that the processor encodes
     # Optional parts; without them the program refuses the options that need them.
     adapters: Adapters | None = None

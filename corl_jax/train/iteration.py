@@ -42,6 +42,7 @@ from corl_jax.tasks import (
 )
 from corl_jax.train.drawn import Drawn, Scored, list_costs, place_rewards
 from corl_jax.train.greedy import separate_greedy
+from corl_jax.train.image_codes import read_images
 from corl_jax.train.kl_penalty import measure_penalties
 from corl_jax.train.redraw import replace_flat_groups
 from corl_jax.train.rollout_metrics import count_tokens, describe_rollouts, has_ended
@@ -264,6 +265,7 @@ def make_batch(run: Run, state: TrainState, rollouts: Mapping[str, Rollout]) -> 
         )
         for task, rollout in rollouts.items()
     }
+    batch = read_images(run, merge(state.params, run.frozen), batch)
     if run.num_iterations > 1 or run.kl_penalty is not None:
         # With one update the old policy is the current one, and the loss needs no old log-probs.
         old = run.logprob_step(state.params, run.frozen, batch)

@@ -25,6 +25,7 @@ from corl_jax.params import merge
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.family import NOISE_KEYS
 from corl_jax.tasks import CODES, TASKS, TEXT, image_tasks, text_tasks
+from corl_jax.train.image_codes import read_images
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import Array, EncodedPrompts, Prompts, Segment
@@ -57,9 +58,9 @@ def choose_image_weight(config: Config) -> float:
 def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     """Returns (next state, Iteration) of one batch of rows."""
     with run.phases("data"):
-        batch = put_batch(run, make_supervised_batch(run, prompts, step))
+        params = merge(state.params, run.frozen)
+        batch = read_images(run, params, put_batch(run, make_supervised_batch(run, prompts, step)))
         for task in image_tasks(tuple(batch.keys() & TASKS.keys())):
-            params = merge(state.params, run.frozen)
             pixels = batch[task].segments[0].values
             codes = run.family.encode_images(run.sizes, params, pixels)
             segment = Segment(

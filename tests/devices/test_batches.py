@@ -77,6 +77,12 @@ def test_rows_come_back_in_order(mesh):
     ) == (0, 1)
 
 
+def test_an_array_that_is_there_twice_is_placed_once(mesh):
+    values, others = np.zeros((4, 2)), np.ones((4, 2))
+    first, second, third = batches.put_rows(mesh, [values, others, values])
+    assert first is third and second is not first
+
+
 @pytest.mark.parametrize("at_once", [4, 8, 12, 16])
 def test_pieces_of_a_rollout_are_put_together_in_order(mesh, at_once):
     """Four blocks of four prompts; the last piece may be smaller."""

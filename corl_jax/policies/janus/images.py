@@ -6,6 +6,7 @@ Normalises pixels for its vision tower.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,15 +14,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from corl_jax.devices.mesh import constrain
-from corl_jax.policies.image_chunks import choose_chunks
+from corl_jax.policies.image_chunks import choose_chunks, count_at_once
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.image_settings import ImageSettings, make_level_table
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.types import Params
 
-# Activations in float32 take 75 MB an image and layer: 384 x 384 pixels of 128 channels.
-VQ_BATCH = 8
-"""Number of images that a device decodes at once."""
+DECODED_BYTES = 8 * 384 * 384 * 128 * 4
+"""Most bytes of a layer's activations of the images that a device decodes at once.
+
+Those of 8 images of 384 x 384 pixels, 75 MB each in float32.
+"""
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
@@ -31,7 +34,7 @@ def decode_images(
     """Decodes codes [N, T] to images uint8 [N, S, S, 3]; the network computes in `dtype`."""
     tokenizer = jax.tree.map(lambda x: x.astype(dtype), params["vqmodel"])
     model = network.bind(config, params | {"vqmodel": tokenizer})
-    chunks, size = choose_chunks(tokens.shape[0], VQ_BATCH)
+    chunks, size = choose_chunks(tokens.shape[0], count_decoded(config))
     padded = jnp.pad(tokens, ((0, chunks * size - tokens.shape[0]), (0, 0)))
 
     def decode(codes: jax.Array) -> jax.Array:
@@ -43,6 +46,12 @@ def decode_images(
     images = lax.map(decode, padded.reshape(chunks, size, -1))
     images = images.reshape(-1, *images.shape[2:])[: tokens.shape[0]]
     return constrain(images, "batch", None, None, None)
+
+
+def count_decoded(config: JanusConfig) -> int:
+    """Returns how many images a device decodes at once."""
+    side = math.isqrt(config.num_image_tokens) * config.vq.downsample
+    return count_at_once(side, config.vq.level_channels[0], DECODED_BYTES)
 
 
 @functools.partial(jax.jit, static_argnames="config")

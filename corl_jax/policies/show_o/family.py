@@ -121,6 +121,7 @@ FAMILY = Family(
     blank_prompts=reading.blank_ids,
     decode_images=images.decode_images,
     encode_images=images.encode_images,
+    place_codes=reading.place_codes,
     tokenizer_loss=tokenizer_loss,
     normalise_pixels=_normalise_pixels,
     stand_in_image=describe_image,

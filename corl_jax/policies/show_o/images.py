@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -10,15 +11,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from corl_jax.devices.mesh import constrain
-from corl_jax.models.magvit import Magvit, to_uint8
-from corl_jax.policies.image_chunks import choose_chunks
+from corl_jax.models.magvit import Magvit, MagvitConfig, to_uint8
+from corl_jax.policies.image_chunks import choose_chunks, count_at_once
 from corl_jax.policies.show_o import network
 from corl_jax.policies.show_o.network import ShowOConfig
 from corl_jax.types import Params
 
-# Activations in float32 take 134 MB an image and layer: 512 x 512 pixels of 128 channels.
-CODED_AT_ONCE = 8
-"""Number of images that a device codes or decodes at once."""
+CODED_BYTES = 8 * 512 * 512 * 128 * 4
+"""Most bytes of a layer's activations of the images that a device codes or decodes at once.
+
+Those of 8 images of 512 x 512 pixels, 134 MB each in float32.
+"""
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
@@ -28,7 +31,9 @@ def decode_images(
     """Decodes codes [N, M] to images uint8 [N, S, S, 3]; the network computes in `dtype`."""
     tokenizer = jax.tree.map(lambda x: x.astype(dtype), params["vqmodel"])
     model = network.bind(config, params | {"vqmodel": tokenizer})
-    chunks, size = choose_chunks(tokens.shape[0], CODED_AT_ONCE)
+    chunks, size = choose_chunks(
+        tokens.shape[0], count_coded(config.magvit, math.isqrt(tokens.shape[1]))
+    )
     padded = jnp.pad(tokens, ((0, chunks * size - tokens.shape[0]), (0, 0)))
 
     def decode(codes: jax.Array) -> jax.Array:
@@ -48,7 +53,9 @@ def encode_images(config: ShowOConfig, params: Params, pixels: jax.Array) -> jax
 
 def encode_in_chunks(tokenizer: Magvit, pixels: jax.Array) -> jax.Array:
     """Encodes pixels [N, S, S, 3] in [-1, 1] to codes [N, M], a few images at once."""
-    chunks, size = choose_chunks(len(pixels), CODED_AT_ONCE)
+    chunks, size = choose_chunks(
+        len(pixels), count_coded(tokenizer.config, pixels.shape[1] // tokenizer.config.downsample)
+    )
     padded = jnp.pad(pixels, ((0, chunks * size - len(pixels)), *[(0, 0)] * 3))
 
     def encode(images: jax.Array) -> jax.Array:
@@ -56,3 +63,10 @@ def encode_in_chunks(tokenizer: Magvit, pixels: jax.Array) -> jax.Array:
 
     codes = lax.map(encode, padded.reshape(chunks, size, *padded.shape[1:]))
     return constrain(codes.reshape(-1, codes.shape[-1])[: len(pixels)], "batch", "length")
+
+
+def count_coded(sizes: MagvitConfig, grid: int) -> int:
+    """Returns how many images of grid x grid codes a device codes or decodes at once."""
+    # The first levels have the full resolution.
+    channels = max(sizes.base_channels, sizes.encoder_channels[0], sizes.decoder_channels[0])
+    return count_at_once(grid * sizes.downsample, channels, CODED_BYTES)

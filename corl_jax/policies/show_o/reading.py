@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from corl_jax.devices.mesh import constrain
 from corl_jax.policies.decoding import Rows
 from corl_jax.policies.show_o.network import ShowO
 from corl_jax.policies.show_o.tokens import SpecialTokens
@@ -88,9 +90,11 @@ def fill_codes(model: ShowO, prompts: EncodedPrompts, special: SpecialTokens) ->
     return place_codes(ids, model.vqmodel.encode(prompts.pixel_values), special)
 
 
+@functools.partial(jax.jit, static_argnames="special")
 def place_codes(ids: jax.Array, codes: jax.Array, special: SpecialTokens) -> jax.Array:
     """Puts codes [B, M] in the places of the mask token in ids [B, P]."""
     is_image = ids == special.mask
     # ids [t, I, I, t] -> cumsum - 1 = [-1, 0, 1, 1]: values at other places are not used.
     order = jnp.clip(jnp.cumsum(is_image, axis=-1) - 1, 0, codes.shape[1] - 1)
-    return jnp.where(is_image, jnp.take_along_axis(codes, order, axis=1) + special.first_code, ids)
+    placed = jnp.take_along_axis(codes, order, axis=1) + special.first_code
+    return constrain(jnp.where(is_image, placed, ids), "batch", "length")

@@ -24,7 +24,7 @@ from corl_jax.policies.choices import (
 from corl_jax.policies.image_chunks import choose_chunks
 from corl_jax.policies.janus import images as janus_images
 from corl_jax.policies.janus import network, sampling
-from corl_jax.policies.janus.images import VQ_BATCH, decode_images
+from corl_jax.policies.janus.images import count_decoded, decode_images
 from corl_jax.policies.janus.layout import RULES
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.types import EncodedPrompts, Rollout
@@ -441,7 +441,7 @@ def test_nucleus_is_never_empty():
 
 def test_pictures_are_truncated_decodings(config, params, monkeypatch):
     """Five pictures in chunks of two."""
-    monkeypatch.setattr(janus_images, "VQ_BATCH", 2)
+    monkeypatch.setattr(janus_images, "count_decoded", lambda config: 2)
     codes = np.random.default_rng(0).integers(0, config.vq.num_embeddings, (5, 16))
     pixels = np.asarray(
         jax.jit(lambda params: network.bind(config, params).vqmodel.decode(codes))(params)
@@ -467,10 +467,18 @@ def test_pictures_in_half_precision_are_nearly_the_same(config, params):
 
 @pytest.mark.parametrize(("images", "chunks"), [(1, (1, 1)), (8, (1, 8)), (9, (2, 5))])
 def test_chunks_are_even(images, chunks):
-    assert choose_chunks(images, VQ_BATCH) == chunks
+    assert choose_chunks(images, 8) == chunks
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
-        count, size = choose_chunks(images, VQ_BATCH)
+        count, size = choose_chunks(images, 8)
     assert size % 4 == 0 and count * size >= images
+
+
+def test_chunks_of_small_images_are_larger_but_on_cpus(config, monkeypatch):
+    released, small = network.PRESETS["janus-pro-1b"], config
+    assert count_decoded(released) == count_decoded(small) == 8
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert count_decoded(released) == 8
+    assert count_decoded(small) > 1000
 
 
 # ---- costs

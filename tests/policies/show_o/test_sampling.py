@@ -380,7 +380,7 @@ def test_log_probs_with_gradients_through_images_are_the_same(params):
 
 
 def test_images_are_coded_and_decoded_in_even_chunks(params, model, monkeypatch):
-    monkeypatch.setattr(images, "CODED_AT_ONCE", 2)
+    monkeypatch.setattr(images, "count_coded", lambda sizes, grid: 2)
     codes = np.random.default_rng(0).integers(0, K, (5, PLACES))
     pixels = model.vqmodel.decode(codes)
     levels = images.decode_images(CONFIG, params, codes)
@@ -390,3 +390,11 @@ def test_images_are_coded_and_decoded_in_even_chunks(params, model, monkeypatch)
     np.testing.assert_array_equal(np.asarray(levels)[sure], exact.astype(np.uint8)[sure])
     again = images.encode_images(CONFIG, params, pixels)
     np.testing.assert_array_equal(again, model.vqmodel.encode(pixels))
+
+
+def test_chunks_of_small_images_are_larger_but_on_cpus(monkeypatch):
+    released = network.PRESETS["show-o-512x512"].magvit
+    assert images.count_coded(released, 32) == 8
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [images.count_coded(released, grid) for grid in (32, 16)] == [8, 32]
+    assert images.count_coded(CONFIG.magvit, 2) > 1000

@@ -1,0 +1,33 @@
+"""Turns the images of questions into codes once, before the passes that score their answers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from corl_jax.train.run import Run
+from corl_jax.train.step import Batch, TaskBatch
+from corl_jax.types import Array, Params
+
+
+def read_images(run: Run, params: Params, batch: Batch) -> Batch:
+    """Returns the batch with codes in the place of pixels, if the family reads codes.
+
+    No gradient goes through them, so the policy, the old policy and the reference can share them.
+    """
+    place = run.family.place_codes
+    if place is None:
+        return batch
+    codes: dict[int, Array] = {}  # questions and captions may have the same array of pixels
+
+    def read(part: TaskBatch) -> TaskBatch:
+        prompts = part.prompts
+        pixels = prompts.pixel_values
+        if pixels is None:
+            return part
+        if id(pixels) not in codes:
+            codes[id(pixels)] = run.family.encode_images(run.sizes, params, pixels)
+        ids = place(prompts.input_ids, codes[id(pixels)], run.processor.special)
+        prompts = dataclasses.replace(prompts, input_ids=ids, pixel_values=None)
+        return dataclasses.replace(part, prompts=prompts)
+
+    return {name: read(part) for name, part in batch.items()}

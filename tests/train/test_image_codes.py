@@ -1,0 +1,85 @@
+"""Images of questions become codes once, before the passes that score their answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from corl_jax.policies import FAMILIES
+from corl_jax.policies.family import LogprobOptions
+from corl_jax.policies.show_o import network
+from corl_jax.policies.show_o.logprobs import score_answers
+from corl_jax.policies.show_o.reading import fill_codes
+from corl_jax.tasks import TEXT
+from corl_jax.train.image_codes import read_images
+from corl_jax.train.step import TaskBatch
+from corl_jax.types import EncodedPrompts, Segment
+from tests.support.tiny_show_o import CONFIG, SPECIAL, make_params
+
+ROWS = 3
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make_params()
+
+
+def make_batch() -> dict[str, TaskBatch]:
+    """Questions and captions about the same images, and a text without an image."""
+    draw = np.random.default_rng(0)
+    side = CONFIG.magvit.downsample * round(CONFIG.num_image_tokens**0.5)
+    pixels = jnp.asarray(draw.uniform(-1, 1, (ROWS, side, side, 3)), jnp.float32)
+    image = [SPECIAL.mmu, SPECIAL.soi, *[SPECIAL.mask] * CONFIG.num_image_tokens, SPECIAL.eoi]
+    tokens = jnp.asarray(draw.integers(1, 20, (ROWS, 4)), jnp.int32)
+    answers = Segment(TEXT, tokens, tokens > 0)
+
+    def complete(row: list[int], of_image: jax.Array | None) -> TaskBatch:
+        ids = jnp.asarray([row] * ROWS, jnp.int32)
+        return TaskBatch(EncodedPrompts(ids, ids != SPECIAL.pad, of_image), (answers,))
+
+    return {
+        "mm2t": complete([SPECIAL.pad, *image, SPECIAL.eos, 5, 6], pixels),
+        "caption": complete([*image, SPECIAL.eos, 7], pixels),
+        "plain_text": complete([SPECIAL.eos], None),
+    }
+
+
+def make_run(family) -> types.SimpleNamespace:
+    processor = types.SimpleNamespace(special=SPECIAL)
+    return types.SimpleNamespace(family=family, sizes=CONFIG, processor=processor)
+
+
+def test_questions_and_captions_read_the_same_codes_and_score_the_same(params):
+    show_o, coded = FAMILIES["show_o"], []
+
+    def encode(sizes, params, pixels):
+        coded.append(pixels)
+        return show_o.encode_images(sizes, params, pixels)
+
+    batch = make_batch()
+    family = dataclasses.replace(show_o, encode_images=encode)
+    found = read_images(make_run(family), params, batch)
+    assert len(coded) == 1, "the images of questions are those of captions"
+    assert found["plain_text"] is batch["plain_text"]
+    model, options = network.bind(CONFIG, params), LogprobOptions(SPECIAL, chunk=50)
+    for name in ("mm2t", "caption"):
+        before, after = batch[name], found[name]
+        assert after.prompts.pixel_values is None
+        np.testing.assert_array_equal(
+            after.prompts.input_ids, fill_codes(model, before.prompts, SPECIAL)
+        )
+        scores = [
+            score_answers(CONFIG, params, part.prompts, part.segments, options)[0][0]
+            for part in (before, after)
+        ]
+        np.testing.assert_allclose(*scores, atol=1e-6)
+
+
+def test_a_family_with_an_image_network_of_its_own_keeps_the_pixels(params):
+    batch = make_batch()
+    assert read_images(make_run(FAMILIES["janus"]), params, batch) is batch
