@@ -15,7 +15,7 @@ from pathlib import Path
 
 from corl_jax.errors import exit_on_input_error
 from corl_jax.input_files import parse_path
-from corl_jax.quickstart.models import STARTS
+from corl_jax.quickstart.models import DEFAULT, STARTS
 
 
 @exit_on_input_error
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", choices=tuple(STARTS), default="janus", help="default: janus")
+    parser.add_argument("--model", choices=tuple(STARTS), default=DEFAULT, help="default: janus")
     outs = ", ".join(start.out for start in STARTS.values())
     parser.add_argument("--out", type=parse_path, metavar="DIR", help=f"default: {outs}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seed=1")

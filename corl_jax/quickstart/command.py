@@ -17,7 +17,7 @@ from corl_jax.config.schema import Config
 from corl_jax.config.shipped import find_config
 from corl_jax.errors import InputError
 from corl_jax.estimates import read_estimate
-from corl_jax.quickstart.models import STARTS, Start
+from corl_jax.quickstart.models import DEFAULT, STARTS, Start
 from corl_jax.report.figures import draw_before_after
 from corl_jax.runs import pictures
 from corl_jax.runs.directory import RunDir, to_json
@@ -50,7 +50,7 @@ class Work:
 
     out: Path
     overrides: Sequence[str] = ()
-    start: Start = STARTS["janus"]
+    start: Start = STARTS[DEFAULT]
 
     @property
     def model(self) -> Path:

@@ -27,3 +27,6 @@ STARTS = {
     ),
 }  # fmt: skip
 """Name in the option --model -> what the quickstart trains."""
+
+DEFAULT = "janus"
+"""The model of a quickstart without the option."""
