@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def make_batch() -> dict[str, TaskBatch]:
     }
 
 
-def make_run(family) -> types.SimpleNamespace:
+def make_run(family) -> Any:
     processor = types.SimpleNamespace(special=SPECIAL)
     return types.SimpleNamespace(family=family, sizes=CONFIG, processor=processor)
 
