@@ -74,11 +74,11 @@ def test_questions_and_captions_read_the_same_codes_and_score_the_same(params):
         np.testing.assert_array_equal(
             after.prompts.input_ids, fill_codes(model, before.prompts, SPECIAL)
         )
-        scores = [
+        expected, scores = (
             score_answers(CONFIG, params, part.prompts, part.segments, options)[0][0]
             for part in (before, after)
-        ]
-        np.testing.assert_allclose(*scores, atol=1e-6)
+        )
+        np.testing.assert_allclose(scores, expected, atol=1e-6)
 
 
 def test_a_family_with_an_image_network_of_its_own_keeps_the_pixels(params):
