@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", choices=tuple(STARTS), default=DEFAULT, help=f"default: {DEFAULT}")
+    parser.add_argument(
+        "--model", choices=tuple(STARTS), default=DEFAULT, help=f"default: {DEFAULT}"
+    )
     outs = ", ".join(start.out for start in STARTS.values())
     parser.add_argument("--out", type=parse_path, metavar="DIR", help=f"default: {outs}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seed=1")

@@ -167,8 +167,8 @@ class Processor:
             return encoded
         assert images is not None, "a question is about an image"
         singles = [x if isinstance(x, Image.Image) else _take_only_image(x) for x in images]
-        pixels = np.stack([preprocess_image(image, self.image.side) for image in singles])
-        return dataclasses.replace(encoded, pixel_values=pixels)
+        levels = np.stack([take_centre(image, self.image.side) for image in singles])
+        return dataclasses.replace(encoded, pixel_values=normalise_pixels(levels))
 
     def pad(self, ids: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts:
         """Pads rows of ids on the left to `length`, or to the bucket of the longest row."""
@@ -195,7 +195,12 @@ def _take_only_image(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def preprocess_image(image: Image.Image, side: int) -> np.ndarray:
-    """Returns the centre of an image as float32 [side, side, 3] in [-1, 1].
+    """Returns the centre of an image as float32 [side, side, 3] in [-1, 1]; see `take_centre`."""
+    return normalise_pixels(take_centre(image, side))
+
+
+def take_centre(image: Image.Image, side: int) -> np.ndarray:
+    """Returns the centre of an image as uint8 [side, side, 3].
 
     The short side is resized to `side` by Pillow's bicubic filter.
     Source: torchvision's Resize and CenterCrop on a PIL image, as Show-o's `image_transform`.
@@ -208,8 +213,7 @@ def preprocess_image(image: Image.Image, side: int) -> np.ndarray:
         width, height = (int(side * x / short) for x in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (round((x - side) / 2) for x in image.size)
-    image = image.crop((left, top, left + side, top + side))
-    return normalise_pixels(np.asarray(image))
+    return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
 def normalise_pixels(levels: Any) -> Any:
