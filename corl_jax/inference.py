@@ -144,7 +144,7 @@ def find_long_prompts(
     rows = [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(prompts)]
     if not options.think:
         return _find_long_rows(model, IMAGE_GENERATION, rows, limits.image_tokens)
-    if lack := model.family.find_lack(PLANNED_GENERATION):
+    if lack := model.family.find_lack(PLANNED_GENERATION, model.sizes):
         return [f"{spell('think')}: the task {lack}; leave it out, or take another model"]
     # A token that begins the image stands between plan and image.
     image = 1 + limits.image_tokens

@@ -281,6 +281,8 @@ class Family:
     normalise_pixels: Callable[[Any, jax.Array], jax.Array] | None = None
     # sizes -> how images are normalised, for compiling without a processor
     stand_in_image: Callable[[Sizes], Any] = lambda sizes: None
+    # what a model of these sizes lacks for a task that others of the family can do
+    find_size_lack: Callable[[Sizes, Task], str | None] = lambda sizes, task: None
 
     @property
     def name(self) -> str:
@@ -292,8 +294,11 @@ class Family:
         """Layout of each parameter on a mesh, by its path."""
         return self.kind.rules
 
-    def find_lack(self, task: Task) -> str | None:
-        """Returns what the task needs and the family lacks; None if the family can do the task."""
+    def find_lack(self, task: Task, sizes: Sizes | None = None) -> str | None:
+        """Returns what the task needs and the family lacks; None if the family can do the task.
+
+        With `sizes` also what a model of these sizes lacks.
+        """
         kinds = task.turn_kinds
         if kinds not in self.turns:
             # (("codes",), ("text",)) -> "of codes, then of text"
@@ -303,7 +308,7 @@ class Family:
         unknown = [turn.prompt for turn in task.turns if turn.prompt not in self.prompts]
         if unknown:
             return f"has prompts {' and '.join(unknown)}, which a {self.name} does not encode"
-        return None
+        return None if sizes is None else self.find_size_lack(sizes, task)
 
     def abstract(self, sizes: Sizes) -> Params:
         """Returns the shapes of all parameters as a nested dict of ShapeDtypeStruct."""

@@ -94,6 +94,11 @@ class WeightsPart:
     stem: str  # of the file that is written, such as "model"
     prefix: str  # of the names of its tensors in key tables, and not in the file
     hub_id: str  # its published source, for messages
+    # A tensor of the earlier parts without which this part is not the model's. Such a part may be
+    # missing; None: always needed.
+    only_with: str | None = None
+    # A prefix that the file's names may have or lack, and that key tables have behind `prefix`.
+    inner_prefix: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity

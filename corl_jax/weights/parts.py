@@ -42,10 +42,18 @@ def join_parts(store: Store, kind: NetworkKind, folder: Path) -> Store:
     Raises: InputError for a part that is missing or damaged.
     """
     for part in (kind.parts or ())[1:]:
+        if part.only_with and part.only_with not in store.infos:
+            continue
         place = find_companion(folder, part.folder)
+        if place is None and part.only_with:
+            continue
         if place is None:
             raise InputError(describe_missing(folder / part.folder, part.hub_id))
-        store = JoinedStore(store, PrefixedStore(open_any_store(place), part.prefix))
+        of_part = open_any_store(place)
+        inner = part.inner_prefix
+        if any(key.startswith(inner) for key in of_part.infos):
+            inner = ""
+        store = JoinedStore(store, PrefixedStore(of_part, part.prefix + inner))
     return store
 
 
@@ -84,5 +92,7 @@ def split_plans(
         renamed = dataclasses.replace(plan, key=plan.key.removeprefix(prefix))
         by_prefix[prefix].append(renamed)
     for part in kind.parts:
+        if part.only_with and not by_prefix[part.prefix]:
+            continue
         # By name, as the safetensors library orders tensors of one type.
         yield part, sorted(by_prefix[part.prefix], key=lambda plan: plan.key)

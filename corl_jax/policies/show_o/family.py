@@ -19,7 +19,8 @@ from corl_jax.policies.show_o import (
     reading,
     sampling,
 )
-from corl_jax.policies.show_o.checkpoint import KIND, find_tokenizer
+from corl_jax.policies.show_o.checkpoint import KIND, describe_missing_tower, find_tokenizer
+from corl_jax.policies.show_o.checkpoint.show_o_keys import CLIP_FOLDER, CLIP_HUB_ID
 from corl_jax.policies.show_o.hiding import choose_scored
 from corl_jax.policies.show_o.network import ShowOConfig
 from corl_jax.policies.show_o.prompts import (
@@ -33,19 +34,19 @@ from corl_jax.policies.show_o.prompts import (
 )
 from corl_jax.policies.show_o.tokenizer_training import tokenizer_loss
 from corl_jax.policies.show_o.tokens import make_special_tokens
-from corl_jax.tasks import CODES, TEXT
+from corl_jax.tasks import CODES, TEXT, Task
 from corl_jax.weights.checkpoint import load_config
 
 
 def describe_limits(sizes: ShowOConfig) -> Limits:
     """Returns the sizes of a Show-o that checks and estimates need."""
-    phi, side = sizes.phi, describe_image(sizes).side
+    phi, image, clip = sizes.phi, describe_image(sizes), sizes.clip
     return Limits(
         positions=phi.max_position_embeddings,
         image_tokens=sizes.num_image_tokens,
-        input_image_tokens=sizes.num_image_tokens,
-        input_image_side=side,
-        image_side=side,
+        input_image_tokens=image.num_tokens,
+        input_image_side=image.side,
+        image_side=describe_drawn_side(sizes),
         vocab_size=phi.vocab_size,
         layers=phi.num_layers,
         width=phi.hidden_size,
@@ -58,15 +59,41 @@ def describe_limits(sizes: ShowOConfig) -> Limits:
         sharded_heads={
             "heads of language_model": phi.num_heads,
             "key heads of language_model": phi.num_kv_heads,
+            **({} if clip is None else {"heads of vision_tower": clip.vision.num_heads}),
         },
     )
 
 
-def describe_image(sizes: ShowOConfig) -> ImageSettings:
-    """Returns the sizes of an image."""
+def describe_drawn_side(sizes: ShowOConfig) -> int:
+    """Returns the side of a drawn image in pixels."""
     # 1,024 codes -> a grid of 32 x 32 -> 32 * 16 = 512 pixels
-    side = math.isqrt(sizes.num_image_tokens) * sizes.magvit.downsample
-    return ImageSettings(side, sizes.num_image_tokens)
+    return math.isqrt(sizes.num_image_tokens) * sizes.magvit.downsample
+
+
+def describe_image(sizes: ShowOConfig) -> ImageSettings:
+    """Returns the sizes of an image in a question."""
+    clip = sizes.clip
+    if clip is None:
+        return ImageSettings(describe_drawn_side(sizes), sizes.num_image_tokens)
+    return ImageSettings(clip.image_size, clip.num_patches, clip)
+
+
+def find_size_lack(sizes: ShowOConfig, task: Task) -> str | None:
+    """Returns what a model of these sizes lacks for a task."""
+    prompts = [turn.prompt for turn in task.turns]
+    if not sizes.w_clip_vit or QUESTION not in prompts:
+        return None
+    if len(prompts) > 1:
+        return (
+            "asks about the codes of the model's own images, and this model (w_clip_vit) reads "
+            "CLIP's features of images"
+        )
+    if sizes.clip is None:
+        return (
+            "asks about images, which this model (w_clip_vit) reads by a vision tower that its "
+            f"folder lacks: put {CLIP_HUB_ID} there as {CLIP_FOLDER}"
+        )
+    return None
 
 
 def open_processor(folder: Path) -> Processor:
@@ -77,11 +104,15 @@ def open_processor(folder: Path) -> Processor:
     """
     sizes = load_config(folder, KIND)
     special = make_special_tokens(sizes.llm_vocab_size, sizes.num_codes)
-    return Processor(find_tokenizer(folder), special, describe_image(sizes))
+    lacks_tower = sizes.w_clip_vit and sizes.clip is None
+    return Processor(
+        find_tokenizer(folder), special, describe_image(sizes),
+        refusal=describe_missing_tower(folder) if lacks_tower else None,
+    )  # fmt: skip
 
 
 def _normalise_pixels(processor: Processor, pixels: jax.Array) -> jax.Array:
-    return prompts.normalise_pixels(pixels)
+    return prompts.normalise_pixels(pixels, processor.image)
 
 
 def _get_adapters(sizes: ShowOConfig) -> Lora | None:
@@ -124,4 +155,5 @@ FAMILY = Family(
     tokenizer_loss=tokenizer_loss,
     normalise_pixels=_normalise_pixels,
     stand_in_image=describe_image,
+    find_size_lack=find_size_lack,
 )  # fmt: skip

@@ -27,10 +27,9 @@ from corl_jax.policies.show_o.layout import RULES
 from corl_jax.policies.show_o.logprobs import image_logprobs
 from corl_jax.policies.show_o.network import ShowO, ShowOConfig
 from corl_jax.policies.show_o.reading import (
-    FRONT,
     IMAGE_ORDERS,
     compute_image_logits,
-    fill_codes,
+    embed_questions,
     frame_codes,
     prepare_texts,
     split_image_states,
@@ -207,12 +206,11 @@ def _run_text_program(
     model = network.bind(config, gather_over_fsdp(network.cast(params, options.dtype), RULES))
     special, most = options.special, options.max_new_tokens
     rows = Rows(check_group_size(prompts, keys))
-    ids = fill_codes(model, prompts, special)
-    # mmu, soi, the codes and eoi see each other in both directions.
+    embeds, is_seen = embed_questions(model, prompts, special)
+    is_real = jnp.asarray(prompts.input_ids) != special.pad
     decoder, last = read_question_prompts(
-        model.language_model, model.embed_text(ids), ids != special.pad,
-        config.num_image_tokens + FRONT, options.attention,
-    )  # fmt: skip
+        model.language_model, embeds, is_real, is_seen, options.attention
+    )
     greedy_last = rows.group_size if options.greedy_last else 0
     choice = Choice(temperature, options.greedy, options.top_k, options.top_p, greedy_last)
     draw = make_text_draw(model, choice, keys, special.eos)

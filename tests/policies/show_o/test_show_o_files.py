@@ -168,10 +168,11 @@ def add_projector(folder, inner=2048) -> None:
     change(folder / "config.json", w_clip_vit=True)
 
 
-def test_a_projector_is_kept_and_its_lack_of_use_is_said(copy, tmp_path):
+def test_a_projector_is_kept_and_the_lack_of_its_tower_is_said(copy, tmp_path):
     add_projector(copy)
     notes = convert(copy, tmp_path / "jax", KIND)
-    assert len(notes) == 1 and "learned to answer from CLIP's features" in notes[0]
+    assert len(notes) == 1 and "draws images but answers no questions" in notes[0]
+    assert "hf download openai/clip-vit-large-patch14-336 config.json" in notes[0]
     convert(tmp_path / "jax", tmp_path / "back", KIND, layout="original")
     first, second = (
         load_file(folder / "pytorch_model.safetensors") for folder in (copy, tmp_path / "back")
