@@ -247,6 +247,17 @@ class HiddenStates:
     compute: Callable[[Sizes, Params, EncodedPrompts, Any, Any], jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Inpainting:
+    """The functions that draw a part of a given image anew."""
+
+    # (sizes, image, mask), both of Pillow -> normalised pixels float32 [S, S, 3], and which codes
+    # [M] bool are drawn. Raises InputError for a mask that does not fit.
+    cut: Callable[[Sizes, Any, Any], tuple[np.ndarray, np.ndarray]]
+    # (sizes, params, pixels, codes that are drawn) -> a sampler that keeps the image's other codes
+    bind: Callable[[Sizes, Params, np.ndarray, np.ndarray], Sample]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that it can be hashed
 class Family:
     """One kind of unified model; `policies.FAMILIES` lists all of them."""
@@ -279,6 +290,7 @@ class Family:
     # (processor, uint8 [N, S, S, 3] of `input_image_side`) -> pixel values as `encode` makes them,
     # on the device. Without it, rewards let `encode` make them on the host, which takes longer.
     normalise_pixels: Callable[[Any, jax.Array], jax.Array] | None = None
+    inpainting: Inpainting | None = None
     # sizes -> how images are normalised, for compiling without a processor
     stand_in_image: Callable[[Sizes], Any] = lambda sizes: None
     # what a model of these sizes lacks for a task that others of the family can do

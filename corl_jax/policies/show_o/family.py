@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import jax
 
 from corl_jax.models.lora import Lora
-from corl_jax.policies.family import Adapters, Family, Limits, TurnProgram
+from corl_jax.policies.family import Adapters, Family, Inpainting, Limits, TurnProgram
 from corl_jax.policies.show_o import (
     images,
+    inpainting,
     layout,
     logprobs,
     network,
@@ -46,7 +46,7 @@ def describe_limits(sizes: ShowOConfig) -> Limits:
         image_tokens=sizes.num_image_tokens,
         input_image_tokens=image.num_tokens,
         input_image_side=image.side,
-        image_side=describe_drawn_side(sizes),
+        image_side=sizes.image_side,
         vocab_size=phi.vocab_size,
         layers=phi.num_layers,
         width=phi.hidden_size,
@@ -64,17 +64,11 @@ def describe_limits(sizes: ShowOConfig) -> Limits:
     )
 
 
-def describe_drawn_side(sizes: ShowOConfig) -> int:
-    """Returns the side of a drawn image in pixels."""
-    # 1,024 codes -> a grid of 32 x 32 -> 32 * 16 = 512 pixels
-    return math.isqrt(sizes.num_image_tokens) * sizes.magvit.downsample
-
-
 def describe_image(sizes: ShowOConfig) -> ImageSettings:
     """Returns the sizes of an image in a question."""
     clip = sizes.clip
     if clip is None:
-        return ImageSettings(describe_drawn_side(sizes), sizes.num_image_tokens)
+        return ImageSettings(sizes.image_side, sizes.num_image_tokens)
     return ImageSettings(clip.image_size, clip.num_patches, clip)
 
 
@@ -156,4 +150,5 @@ FAMILY = Family(
     normalise_pixels=_normalise_pixels,
     stand_in_image=describe_image,
     find_size_lack=find_size_lack,
+    inpainting=Inpainting(inpainting.cut_given_image, inpainting.bind_given_image),
 )  # fmt: skip

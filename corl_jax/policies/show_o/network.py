@@ -9,6 +9,7 @@ Source: Xie et al. 2024 (Show-o, arXiv 2408.12528).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,12 @@ class ShowOConfig:
     def num_image_tokens(self) -> int:
         """The number of codes of an image, in a prompt or generated."""
         return self.num_vq_tokens
+
+    @property
+    def image_side(self) -> int:
+        """The side of a drawn image in pixels."""
+        # 1,024 codes -> a grid of 32 x 32 -> 32 * 16 = 512 pixels
+        return math.isqrt(self.num_vq_tokens) * self.magvit.downsample
 
     @property
     def num_codes(self) -> int:

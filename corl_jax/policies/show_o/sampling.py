@@ -139,9 +139,9 @@ image_program = SamplerProgram(_run_image_program, static_argnames=("config", "o
 
 def sample_codes(
     sizes: ShowOConfig, params: Params, prompts: EncodedPrompts, keys: jax.Array,
-    options: SamplingOptions,
+    options: SamplingOptions, known: Known | None = None,
 ) -> tuple[Segment, ...]:  # fmt: skip
-    """Samples `len(keys) / B` images per prompt as codes [N, M].
+    """Samples `len(keys) / B` images per prompt as codes [N, M]; `known` are given codes.
 
     `image_logprobs` names the distribution of the recorded log-probs, of the form that
     `unmasking` names. `cfg_scale` 1 has no unconditional rows.
@@ -152,7 +152,7 @@ def sample_codes(
     # guidance decides the shapes.
     drawn, logprobs, replay = program(
         sizes, params, prompts, keys, jnp.float32(options.cfg_scale),
-        jnp.float32(options.temperature), options=drawing,
+        jnp.float32(options.temperature), known, options=drawing,
     )  # fmt: skip
     return (make_code_segment(drawn.codes, logprobs, replay),)
 
