@@ -157,6 +157,7 @@ def resolve_run(config: Config) -> ResolvedRun:
         problems.add(_find_scorer_problems(rewards.networks, mesh))
     sizes = loaders = evaluations = None
     if model:
+        config = fit.choose_layout(config, model.family)
         missing = find_missing_abilities(config, stage, model.family, model.sizes)
         problems.add(missing)
         problems.add(_find_own_scorer_problems(config, rewards.used, model))
