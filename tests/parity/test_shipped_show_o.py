@@ -13,10 +13,10 @@ from corl_jax.assets import NANO_SHOW_O
 from corl_jax.policies import load_policy
 from corl_jax.policies.show_o import network
 from corl_jax.policies.show_o.checkpoint import KIND
-from corl_jax.policies.show_o.masks import make_generation_mask
 from corl_jax.policies.show_o.tokens import CONTROLS, PAD
 from corl_jax.weights.checkpoint import load_params
 from corl_jax.weights.export import convert
+from tests.support.show_o_masks import make_generation_mask
 from tests.support.tolerances import NETWORK
 
 torch = pytest.importorskip("torch")
