@@ -16,6 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from corl_jax.models import layers
 from corl_jax.models.layers import Remat, make_linear
@@ -80,14 +81,62 @@ class GlobalResponseNorm(nnx.Module):
         return self.bias[...] + (self.scale[...] * share + 1) * x
 
 
+@jax.custom_vjp
+def convolve_depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolves each channel of maps x [N, H, W, C] with a kernel [K, K, 1, C] of its own."""
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )  # fmt: skip
+
+
+def _save_inputs(x: jax.Array, kernel: jax.Array):
+    return convolve_depthwise(x, kernel), (x, kernel)
+
+
+def _pull_back(inputs: tuple[jax.Array, jax.Array], gradient: jax.Array):
+    """Returns the gradients of the maps and of the kernel."""
+    # XLA splits its own gradient of the kernel wrongly: on a mesh with an axis over which the maps
+    # are whole, such as `tensor`, it is as many times too large as that axis has devices (jax
+    # 0.10.2, data 4 x tensor 2). So the kernel's gradient is written out.
+    x, kernel = inputs
+    # The transpose of a convolution of odd size is the convolution with the kernel turned around.
+    of_maps = convolve_depthwise(gradient, kernel[::-1, ::-1])
+    size, (height, width) = len(kernel), x.shape[1:3]
+    margin = (size // 2, size // 2)
+    padded = jnp.pad(x, ((0, 0), margin, margin, (0, 0)))
+
+    def sum_products(place: jax.Array) -> jax.Array:
+        """Computes the gradient [C] of the kernel's entry at a place, counted row by row."""
+        seen = lax.dynamic_slice_in_dim(padded, place // size, height, axis=1)
+        seen = lax.dynamic_slice_in_dim(seen, place % size, width, axis=2)
+        return jnp.sum(seen * gradient, axis=(0, 1, 2), dtype=jnp.float32)
+
+    of_kernel = lax.map(sum_products, jnp.arange(size**2))  # [K * K, C]
+    return of_maps, of_kernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
+convolve_depthwise.defvjp(_save_inputs, _pull_back)
+
+
+class DepthwiseConv(nnx.Module):
+    """A convolution of each channel by itself, on maps [N, H, W, C] of any size."""
+
+    def __init__(self, channels: int, size: int, *, rngs: nnx.Rngs):
+        shape = (size, size, 1, channels)
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return convolve_depthwise(x, self.kernel[...]) + self.bias[...]
+
+
 class ConvNextBlock(nnx.Module):
     """Depthwise convolution and a wide layer per place, then scale and shift by the condition."""
 
     def __init__(self, width: int, condition_width: int, norm_eps: float, *, rngs: nnx.Rngs):
         inner = EXPANSION * width
-        self.depthwise = nnx.Conv(
-            width, width, (KERNEL_SIZE, KERNEL_SIZE), feature_group_count=width, rngs=rngs
-        )
+        self.depthwise = DepthwiseConv(width, KERNEL_SIZE, rngs=rngs)
         self.norm = nnx.RMSNorm(width, epsilon=norm_eps, rngs=rngs)
         self.fc1 = make_linear(width, inner, bias=True, rngs=rngs)
         self.response_norm = GlobalResponseNorm(inner)

@@ -178,3 +178,20 @@ def test_a_dead_channel_has_finite_gradients():
     x = jnp.ones((1, 2, 2, 3)).at[..., 1].set(0)
     gradient = jax.grad(lambda x: norm(x).sum())(x)
     assert np.isfinite(gradient).all()
+
+
+def test_gradients_of_a_depthwise_convolution_are_those_of_xla():
+    """Its own gradient equals that of the plain convolution, which is right on one device."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, weights = (jax.random.normal(key, (3, 5, 4, 6)) for key in keys[:2])
+    kernel = jax.random.normal(keys[2], (7, 7, 1, 6))
+
+    def make_loss(convolve):
+        return jax.jit(jax.grad(lambda *inputs: (convolve(*inputs) * weights).sum(), (0, 1)))
+
+    plain = uvit.convolve_depthwise.fun  # without the rule for its gradient
+    with jax.default_matmul_precision("highest"):
+        for found, expected in zip(
+            make_loss(uvit.convolve_depthwise)(x, kernel), make_loss(plain)(x, kernel), strict=True
+        ):
+            np.testing.assert_allclose(found, expected, atol=NETWORK)
