@@ -306,6 +306,11 @@ class Family:
         """Layout of each parameter on a mesh, by its path."""
         return self.kind.rules
 
+    @property
+    def draws_in_any_order(self) -> bool:
+        """True if the codes of an image are drawn in any order, in a number of steps."""
+        return any(program.choose_scored for program in self.turns.values())
+
     def find_lack(self, task: Task, sizes: Sizes | None = None) -> str | None:
         """Returns what the task needs and the family lacks; None if the family can do the task.
 

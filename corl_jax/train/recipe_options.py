@@ -129,7 +129,7 @@ def find_ignored_options(config: Config) -> list[str]:
 
 def find_unread_options(config: Config, family: Family) -> list[str]:
     """Returns a warning for each option that models of the run's family do not read."""
-    any_order = any(program.choose_scored for program in family.turns.values())
+    any_order = family.draws_in_any_order
     unread = ("compat.image_logprobs_unshifted",) if any_order else ("unmasking.", "sft.released")
     order = "any order" if any_order else "one order"
     return [
