@@ -280,6 +280,7 @@ class Family:
     decode_images: Callable[..., jax.Array]  # (sizes, params, values, dtype=) -> uint8 [N, S, S, 3]
     encode_images: Callable[[Sizes, Params, jax.Array], jax.Array]  # [N, S, S, 3] in [-1, 1]
     prompts: tuple[str, ...] = ("generate", "question")  # kinds that the processor encodes
+    undecayed: tuple[str, ...] = ()  # regexes of the parameters without weight decay
     # Optional parts; without them the program refuses the options that need them.
     adapters: Adapters | None = None
     hidden_states: HiddenStates | None = None
