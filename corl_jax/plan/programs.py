@@ -98,7 +98,9 @@ def make_resident_arrays(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), part)  # noqa: B023
         for part, dtype in zip(parts, (master, stored), strict=True)
     )
-    optimizer = make_optimizer(config.optimizer, outline.optimizer_steps)
+    optimizer = make_optimizer(
+        config.optimizer, outline.optimizer_steps, undecayed=outline.family.undecayed
+    )
     shardings = build.state_shardings(optimizer, trained, mesh, outline.family.rules)
     fresh = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained)

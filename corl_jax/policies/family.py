@@ -319,6 +319,7 @@ class Family:
     reads_codes: Callable[[Sizes], bool] = lambda sizes: True  # whether these sizes do so
     prompts: tuple[str, ...] = ("generate", "question")  # kinds that the processor encodes
     denoises: bool = False  # images are made by denoising: their segments are of latents
+    undecayed: tuple[str, ...] = ()  # regexes of the parameters without weight decay
     # Optional parts; without them the program refuses the options that need them.
     adapters: Adapters | None = None
     hidden_states: HiddenStates | None = None
@@ -344,6 +345,11 @@ class Family:
     def rules(self) -> Rules:
         """Layout of each parameter on a mesh, by its path."""
         return self.kind.rules
+
+    @property
+    def draws_in_any_order(self) -> bool:
+        """True if the codes of an image are drawn in any order, in a number of steps."""
+        return any(program.choose_scored for program in self.turns.values())
 
     def find_lack(self, task: Task, sizes: Sizes | None = None) -> str | None:
         """Returns what the task needs and the family lacks; None if the family can do the task.

@@ -68,7 +68,16 @@ class Engine:
     # ---- requests
 
     def prepare_images(self, request: ImageRequest) -> Job:
-        """Returns the job of a request for images. Raises: ApiError for a prompt without room."""
+        """Returns the job of a request for images.
+
+        Raises: ApiError for a prompt without room, and for steps of a model that has none.
+        """
+        if request.options.image_steps is not None and not self.model.family.draws_in_any_order:
+            raise ApiError(
+                400, f"image_steps: found {request.options.image_steps}; a "
+                f"{self.model.family.name} draws the codes of images one by one, so leave it out",
+                code="invalid_value", param="image_steps",
+            )  # fmt: skip
         options = self._complete(request.options, list_image_options(request.options))
         with self._one_at_a_time:
             ids = self._read_ids(IMAGE_GENERATION, {"prompt": request.prompt})

@@ -20,6 +20,7 @@ from corl_jax.inference import MAX_SEED, check_image_options, check_text_options
 from corl_jax.nearest import suggest_name
 
 MAX_SAMPLES = 64  # of one request
+MAX_IMAGE_STEPS = 1024  # as many as a large image has codes
 MAX_TEXT = 200_000  # characters of a request's text; more than any model's positions hold
 MAX_IMAGE_PIXELS = 2**24  # 50 MB as RGB
 MAX_STOPS = 4
@@ -46,7 +47,7 @@ CHAT_OPTIONS = (
     "messages", "temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "seed", "n",
     "stop", "stream", "stream_options", "instruction",
 )  # fmt: skip
-IMAGE_OPTIONS = ("prompt", "n", "size", "seed", "cfg_scale", "temperature")
+IMAGE_OPTIONS = ("prompt", "n", "size", "seed", "cfg_scale", "temperature", "image_steps")
 
 
 class ApiError(Exception):
@@ -117,10 +118,15 @@ def read_image_request(body: Any, side: int) -> ImageRequest:
     problems = Problems()
     _check_fields(body, IMAGE_OPTIONS, IMAGE_FIELDS, problems)
     options = _start_options(
-        body, cfg_scale=body.get("cfg_scale"), image_steps=None, think=False, top_k=None,
-        top_p=None, max_new_tokens=None,
+        body, cfg_scale=body.get("cfg_scale"), image_steps=body.get("image_steps"), think=False,
+        top_k=None, top_p=None, max_new_tokens=None,
     )  # fmt: skip
     check_image_options(options, _spell_image, problems)
+    # All other requests wait for the steps of one.
+    if isinstance(options.image_steps, int) and options.image_steps > MAX_IMAGE_STEPS:
+        problems.add(
+            f"image_steps: found {options.image_steps}; expected at most {MAX_IMAGE_STEPS}"
+        )
     prompt = body.get("prompt")
     problems.add(find_text_problems("prompt", prompt))
     if isinstance(prompt, str) and len(prompt) > MAX_TEXT:

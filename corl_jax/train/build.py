@@ -46,16 +46,16 @@ ADAPTER_STREAM = 1 << 16
 
 def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
     """Loads weights onto the mesh, jits functions, and makes the state of a fresh start."""
-    config, mesh = plan.config, plan.mesh
+    config, mesh, family = plan.config, plan.mesh, plan.family
     trained, frozen = load_parts(plan)
     moving = make_moving_reference(plan, trained)
-    optimizer = make_optimizer(config.optimizer, plan.optimizer_steps)
-    shardings = state_shardings(optimizer, trained, mesh, plan.family.rules)
+    optimizer = make_optimizer(config.optimizer, plan.optimizer_steps, undecayed=family.undecayed)
+    shardings = state_shardings(optimizer, trained, mesh, family.rules)
     state = make_state(plan, optimizer, trained, shardings, moving)
     train_step, logprob_step = make_steps(plan, optimizer, shardings)
-    base = plan.family.base(plan.sizes)
+    base = family.base(plan.sizes)
     run = Run(
-        family=plan.family,
+        family=family,
         sizes=plan.sizes,
         processor=plan.processor,
         mesh=mesh,
@@ -63,8 +63,8 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         frozen=frozen,
         reference=make_fixed_reference(plan, trained),
         moving=moving,
-        source_dtypes=read_stored_dtypes(plan.model_dir, plan.family.kind, base),
-        layer_dtypes=read_layer_dtypes(plan.model_dir, plan.family.kind, base),
+        source_dtypes=read_stored_dtypes(plan.model_dir, family.kind, base),
+        layer_dtypes=read_layer_dtypes(plan.model_dir, family.kind, base),
         train_loader=plan.train_loader,
         evaluations=plan.evaluations,
         steps=plan.steps,

@@ -141,7 +141,7 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
             "sft.released",
         )
         way = "makes images by denoising"
-    elif any(program.choose_scored for program in family.turns.values()):
+    elif family.draws_in_any_order:
         unread = ("compat.image_logprobs_unshifted", "denoising.")
         way = "draws the codes of images in any order"
     else:

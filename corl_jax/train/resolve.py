@@ -158,7 +158,6 @@ def resolve_run(config: Config) -> ResolvedRun:
         problems.add(_find_scorer_problems(rewards.networks, mesh))
     sizes = loaders = evaluations = None
     if model:
-        config = fit.choose_layout(config, model.family)
         missing = find_missing_abilities(config, stage, model.family, model.sizes)
         problems.add(missing)
         if stage.compares and config.algorithm.name in RECIPES:
@@ -182,9 +181,9 @@ def resolve_run(config: Config) -> ResolvedRun:
         rows = min(config.eval.rows, len(held_out.source))
         evaluations = [Evaluation(suite, held_out, rows), *evaluations]
     return ResolvedRun(
-        config=config, family=model.family, sizes=sizes, special=model.processor.special,
-        image=model.processor.image, mesh=mesh, tasks=stage.tasks(config),
-        steps=count_steps(config, train_loader),
+        config=fit.choose_layout(config, model.family), family=model.family, sizes=sizes,
+        special=model.processor.special, image=model.processor.image, mesh=mesh,
+        tasks=stage.tasks(config), steps=count_steps(config, train_loader),
         model_dir=model.folder, processor=model.processor, rewards=rewards.by_task,
         networks=rewards.networks, train_loader=train_loader, evaluations=tuple(evaluations),
         warnings=[*rewards.warnings, *find_ignored_options(config),

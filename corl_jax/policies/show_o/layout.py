@@ -13,6 +13,10 @@ FLOAT32_PARTS = ("vqmodel",)
 TRAINABLE = ("language_model/.*", "lm_head/.*")
 """Regexes of the parameters that are trained."""
 
+# The original's list also has norms and embeddings, under names that no parameter has.
+UNDECAYED = (".*/bias",)
+"""Regexes of the parameters without weight decay, as in Show-o's own training."""
+
 TOKENIZER_PARTS = ("vqmodel",)
 """Parts that turn pixels into codes and back."""
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from corl_jax.policies.janus_flow.velocities import make_sampler_velocity, make_scored_velocity
 
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.models.lora import Lora
 from corl_jax.params import leaf_paths, partition
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.policies.janus_flow import layout, network
-from corl_jax.policies.janus_flow.velocities import make_sampler_velocity, make_scored_velocity
 from corl_jax.types import EncodedPrompts
 from tests.parity import torch_janus_flow
 from tests.support.tolerances import NETWORK

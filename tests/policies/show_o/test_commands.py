@@ -74,6 +74,26 @@ def test_a_server_answers_control_tokens_with_400(model):
     assert (error.value.status, error.value.message) == (400, f"prompt: {REFUSED}")
 
 
+def test_a_server_takes_the_number_of_steps(model):
+    engine = Engine(model.policy, jnp.dtype("float32"), batch_size=2)
+    side = model.policy.family.limits(model.policy.sizes).image_side
+    body = {"prompt": "a circle", "seed": 3, "image_steps": 3}
+    job = engine.prepare_images(requests.read_image_request(body, side))
+    assert job.program.options.unmasking.steps == 3
+    (sample,) = engine.draw(job.program, job.rows)
+    (expected,) = model.generate_images("a circle", seed=3, image_steps=3)
+    np.testing.assert_array_equal(sample.pixels, np.asarray(expected))
+    other = engine.prepare_images(requests.read_image_request(body | {"image_steps": 4}, side))
+    assert other.program != job.program
+    for steps, text in ((0, "found 0"), (2000, "at most 1024"), (True, "true or false"), (2.5, "")):
+        with pytest.raises(requests.ApiError, match=f"image_steps: .*{text}"):
+            requests.read_image_request(body | {"image_steps": steps}, side)
+    nano = Engine(corl_jax.load("nano", dtype="float32").policy, jnp.dtype("float32"), 1)
+    with pytest.raises(requests.ApiError, match="image_steps: found 3; a janus draws") as error:
+        nano.prepare_images(requests.read_image_request(body, 32))
+    assert error.value.status == 400
+
+
 def test_a_reward_asks_a_show_o(folder, tmp_path, capsys):
     image = tiny_image(0, (16, 16))
     image.save(tmp_path / "image.png")
