@@ -40,7 +40,6 @@ from tests.support.janus_flow_files import (
     save_state,
     to_numpy,
     vae_state,
-    write_small_files,
 )
 from tests.support.weight_files import (
     assert_same_bits,
