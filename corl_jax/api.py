@@ -48,6 +48,8 @@ class ImageKeywords(SamplingKeywords, total=False):
 
     cfg_scale: float | None  # scale of guidance; 1: no guidance
     image_steps: int | None  # steps of a model that draws codes in any order; None: as usual
+    inpaint: ImageSource | None  # an image of which a part is drawn anew
+    mask: ImageSource | None  # of its size, white where it is drawn anew
     think: bool  # write a plan before each image, which is then its `info["plan"]`; False
     top_k: int | None
     top_p: float | None
@@ -119,8 +121,8 @@ class LoadedModel:
         """Returns `n` images of a prompt, or for a list of prompts a list of `n` images of each.
 
         With `think` the model writes a plan before each image, which is `image.info["plan"]`.
-        Options: seed, cfg_scale, image_steps, temperature, greedy, batch_size, show_progress,
-        think, and of plans top_k, top_p, max_new_tokens.
+        Options: seed, cfg_scale, image_steps, inpaint, mask, temperature, greedy, batch_size,
+        show_progress, think, and of plans top_k, top_p, max_new_tokens.
 
         Raises:
             InputError: listing every problem of options and prompts.
@@ -128,11 +130,15 @@ class LoadedModel:
         texts, problems = _list_values(prompts), Problems()
         request = self._make_request(ImageKeywords, options, n)
         inference.check_image_options(request, _spell_keyword, problems)
+        for name in ("inpaint", "mask"):
+            if (value := getattr(request, name)) is not None:
+                setattr(request, name, _read_image(value, name, problems))
         for number, text in enumerate(texts):
             problems.add(find_text_problems(f"prompt {number}", text))
         problems.add(complete_options(request, inference.list_image_options(request)))
         problems.raise_any()
         problems.add(inference.find_long_prompts(self.policy, request, texts, _spell_keyword))
+        problems.attempt(inference.cut_given_image, self.policy, request, _spell_keyword)
         problems.raise_any()
         images: list[list[Any]] = [[None] * n for _ in texts]
         # Samples arrive sorted by the length of their prompts.

@@ -24,6 +24,7 @@ from corl_jax.inference import (
     TEXT_OPTIONS,
     check_image_options,
     check_text_options,
+    cut_given_image,
     find_long_prompts,
     find_long_questions,
     list_image_options,
@@ -81,6 +82,7 @@ def check_image(args: argparse.Namespace) -> list[str]:
     with problems.collect("--model: "):
         model = inspect_policy(args.model)
         problems.add(find_long_prompts(model, args, prompts, spell_image_option))
+        problems.attempt(cut_given_image, model, args, spell_image_option)
     problems.raise_any()
     return prompts
 
@@ -107,6 +109,10 @@ def generate_images(args: argparse.Namespace) -> None:
                 "prompt": prompts[sample.prompt], "file": name, "seed": args.seed,
                 "index": sample.prompt, "sample": sample.number, "tokens": sample.tokens.tolist(),
             }  # fmt: skip
+            if args.inpaint is not None:
+                records[sample.prompt, sample.number] |= {
+                    "inpaint": args.inpaint, "mask": args.mask,
+                }  # fmt: skip
             if sample.plan is not None:
                 records[sample.prompt, sample.number] |= {
                     PLAN_COLUMN: model.processor.decode(sample.plan),
@@ -263,6 +269,12 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     add("--image-steps", type=int, metavar="N",
         help="steps of a model that draws the codes of an image in any order, such as Show-o "
         "(default 16 for images of up to 256 codes, else 50)")  # fmt: skip
+    add("--inpaint", type=parse_place, metavar="IMAGE",
+        help="draw a part of this image anew and keep the rest, with --mask; of models that draw "
+        "codes in any order, such as Show-o")  # fmt: skip
+    add("--mask", type=parse_place, metavar="MASK",
+        help="an image of the size of --inpaint, white where that is drawn anew, black where it is "
+        "kept")  # fmt: skip
     add("--think", action="store_true", help="write a plan before each image, as algorithm.tasks "
         "think trains it; the plan is in samples.jsonl")  # fmt: skip
     add_token_options(parser, "a plan")
@@ -306,8 +318,8 @@ def build_parser() -> argparse.ArgumentParser:
     image = commands.add_parser("image", help="generate images from prompts", description=(
         "Writes PROMPT_SAMPLE.png (numbers from 0), grid.png (at most the first "
         f"{GRID_PROMPTS} prompts, {GRID_SAMPLES} samples each) and samples.jsonl, a line an "
-        "image: prompt, file, seed, index, sample, tokens; with --think plan and "
-        "plan_tokens."))  # fmt: skip
+        "image: prompt, file, seed, index, sample, tokens; with --inpaint inpaint and mask, with "
+        "--think plan and plan_tokens."))  # fmt: skip
     add_image(image)
     text = commands.add_parser("text", help="answer questions about images", description=(
         "Writes a JSON line a sample: image, question, text, tokens (the end token included), "

@@ -17,6 +17,7 @@ from corl_jax.sampling_options import HARMLESS, LARGEST, find_temperature_proble
 from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, PLANNED_GENERATION, Task
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
     from corl_jax.data.questions import ImageQuestion
@@ -144,7 +145,7 @@ def find_long_prompts(
     rows = [(f"prompt {i}", {"prompt": text}) for i, text in enumerate(prompts)]
     if not options.think:
         return _find_long_rows(model, IMAGE_GENERATION, rows, limits.image_tokens)
-    if lack := model.family.find_lack(PLANNED_GENERATION):
+    if lack := model.family.find_lack(PLANNED_GENERATION, model.sizes):
         return [f"{spell('think')}: the task {lack}; leave it out, or take another model"]
     # A token that begins the image stands between plan and image.
     image = 1 + limits.image_tokens
@@ -155,6 +156,43 @@ def find_long_prompts(
             f"takes {image}, the prompt its own"
         ]
     return _find_long_rows(model, PLANNED_GENERATION, rows, options.max_new_tokens + image)
+
+
+def cut_given_image(
+    model: PolicyFiles, options: argparse.Namespace, spell: SpellOption
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns pixels and drawn codes of a given image, as `Inpainting.cut`; None without an image.
+
+    Raises: InputError for a model without in-painting, and for an image or mask without use.
+    """
+    from corl_jax.data.images import decode_image
+
+    files = {name: getattr(options, name) for name in ("inpaint", "mask")}
+    missing = [name for name, value in files.items() if value is None]
+    if len(missing) == len(files):
+        return None
+    inpaint, mask = (spell(name) for name in files)
+    problems, pictures = Problems(), {}
+    if missing:
+        problems.add(f"{spell(missing[0])}: not given; expected {inpaint} with {mask}")
+    if options.think:
+        problems.add(f"{inpaint}: draws no image after a plan; leave out {spell('think')}")
+    for name, value in files.items():
+        if value is not None:
+            with problems.collect(f"{spell(name)}: "):
+                pictures[name] = decode_image(value)
+    inpainting = model.family.inpainting
+    if inpainting is None:
+        problems.add(
+            f"{inpaint}: a {model.family.name} draws no part of a given image; leave {inpaint} and "
+            f"{mask} out, or take another model, such as a Show-o"
+        )
+    problems.raise_any()
+    assert inpainting is not None
+    with problems.collect(f"{mask}: "):
+        return inpainting.cut(model.sizes, pictures["inpaint"], pictures["mask"])
+    problems.raise_any()
+    return None
 
 
 def find_long_questions(
@@ -243,10 +281,14 @@ def sample_images(
     """Yields the images of prompts; the options must be complete."""
     from corl_jax.policies import batched
 
+    sample, image = None, cut_given_image(model, options, str)
+    if image is not None:
+        assert model.family.inpainting is not None  # checked by `cut_given_image`
+        sample = model.family.inpainting.bind(model.sizes, model.params, *image)
     yield from batched.generate_images(
         model, prompts, choose_image_sampling(model, dtype, options), samples=options.samples,
         batch_size=options.batch_size, seed=options.seed, show_progress=progress,
-        think=options.think,
+        think=options.think, sample=sample,
     )  # fmt: skip
 
 

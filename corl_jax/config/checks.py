@@ -444,7 +444,8 @@ def _check_adapters(config: Config, problems: Problems) -> None:
             f"train.trainable: found {config.train.trainable}, but with lora.rank {lora.rank} only "
             "the adapters are trained; leave it out, or set lora.rank to 0"
         )
-    if export.lora == "adapter" and export.layout != "transformers":
+    # What auto is depends on the model, and is checked with it.
+    if export.lora == "adapter" and export.layout not in ("auto", "transformers"):
         problems.add(
             f"export.lora: adapter, but export.layout {export.layout}; PEFT loads an adapter onto "
             "transformers' model alone: set export.layout to transformers, or export.lora to merged"

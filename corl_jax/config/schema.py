@@ -386,8 +386,10 @@ class Checkpoint(Section):
 class Export(Section):
     """The final model, written for PyTorch."""
 
-    layout: Literal["transformers", "original", "jax", "none"] = option(
-        "transformers", "Layout of the exported model. none: no export."
+    layout: Literal["auto", "transformers", "original", "jax", "none"] = option(
+        "auto",
+        "Layout of the exported model. auto: the usual one of its family, transformers of a Janus "
+        "and original of a Show-o; none: no export.",
     )
     dtype: Literal["keep", "float32", "bfloat16"] = option(
         "keep", "dtype of the exported tensors. keep: that of each tensor in model.path."

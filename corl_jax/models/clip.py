@@ -47,10 +47,29 @@ class ClipConfig:
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
 
+@dataclasses.dataclass(frozen=True)
+class ClipVisionConfig:
+    """Sizes of a vision tower alone; the defaults are those of OpenAI's ViT-L/14 at 336 pixels."""
+
+    vision: TowerConfig = TowerConfig(
+        hidden_size=1024, intermediate_size=4096, num_layers=24, num_heads=16,
+        activation="quick_gelu",
+    )  # fmt: skip
+    image_size: int = 336
+    patch_size: int = 14
+    image_mean: tuple[float, ...] = ClipConfig.image_mean
+    image_std: tuple[float, ...] = ClipConfig.image_std
+
+    @property
+    def num_patches(self) -> int:
+        """The number of patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
 class VisionTower(nnx.Module):
     """pixel_values [N, S, S, 3] -> the class token's last state [N, hidden_size]."""
 
-    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipConfig | ClipVisionConfig, *, rngs: nnx.Rngs):
         tower = config.vision
         patch = (config.patch_size, config.patch_size)
         self.patch_embedding = nnx.Conv(
@@ -66,14 +85,26 @@ class VisionTower(nnx.Module):
         self.post_layernorm = make_layer_norm(tower, rngs)
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        x = self._embed(pixel_values)
+        x, _ = layers.scan_layers(self.layers, lambda block, x: (block(x), None), x)
+        # Only the class token is used, so only it is normalised.
+        return self.post_layernorm(x[:, 0])
+
+    def compute_patches(self, pixel_values: jax.Array) -> jax.Array:
+        """Computes the states [N, patches, hidden_size] of the patches before the last layer."""
+        graphdef, state = nnx.split(self.layers)
+        before = nnx.merge(graphdef, jax.tree.map(lambda x: x[:-1], state))
+        x = self._embed(pixel_values)
+        x, _ = layers.scan_layers(before, lambda block, x: (block(x), None), x)
+        return x[:, 1:]
+
+    def _embed(self, pixel_values: jax.Array) -> jax.Array:
+        """Embeds class token and patches to [N, 1 + patches, hidden_size]."""
         x = self.patch_embedding(pixel_values.astype(self.patch_embedding.kernel.dtype))
         x = x.reshape(x.shape[0], -1, x.shape[-1])  # [N, 16, 16, D] -> [N, 256, D] at 224 pixels
         first = jnp.broadcast_to(self.class_embedding[...], (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + self.position_embedding.embedding[...]
-        x = self.pre_layernorm(x)
-        x, _ = layers.scan_layers(self.layers, lambda block, x: (block(x), None), x)
-        # Only the class token is used, so only it is normalised.
-        return self.post_layernorm(x[:, 0])
+        return self.pre_layernorm(x)
 
 
 class TextTower(nnx.Module):

@@ -234,13 +234,15 @@ class Phi(nnx.Module):
         second: jax.Array,
         orders: tuple[Order, Order],
         *,
+        is_seen: jax.Array | None = None,
         remat: Remat = "none",
         attention: AttentionKernel = "xla",
     ) -> tuple[jax.Array, jax.Array]:
         """Computes hidden states of first parts [B, P, D] and of their second parts [N, T, D].
 
         They equal those of `read_first` and `read_second`. A first part is computed once for all of
-        its second parts, and its keys and values exist for one layer at a time.
+        its second parts, and its keys and values exist for one layer at a time. `is_seen` [B, P]
+        marks tokens of causal first parts that all others see.
         """
         parts, num_tokens = (first, second), (first.shape[1], second.shape[1])
         # cuDNN differentiates even lengths only. Padding behind the parts changes nothing in them,
@@ -249,7 +251,8 @@ class Phi(nnx.Module):
             odd = (num_tokens[0] % 2, num_tokens[1] % 2 if orders[1] == "causal" else 0)
             pads = [((0, 0), (0, n), (0, 0)) for n in odd]
             parts = tuple(jnp.pad(x, pad) for x, pad in zip(parts, pads, strict=True))
-        read = _First(parts[0].shape[1], lengths, orders[0], attention)
+            is_seen = None if is_seen is None else jnp.pad(is_seen, ((0, 0), (0, odd[0])))
+        read = _First(parts[0].shape[1], lengths, orders[0], attention, is_seen)
         rope = self.rope(jnp.arange(read.size))
         rope_behind = self.rope(read.place_second(*parts[1].shape[:2]))
 
@@ -272,9 +275,14 @@ class _First:
     lengths: jax.Array  # [B] real tokens
     order: Order
     attention: AttentionKernel
+    is_seen: jax.Array | None = None  # [B, P] bool, tokens that all others see
 
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         """Computes attention of the first parts to themselves."""
+        if self.is_seen is not None:
+            places = jnp.arange(self.size)
+            mask = (places <= places[:, None]) | self.is_seen[:, None]
+            return layers.attend(query, key, value, mask)
         if self.order == "full":
             return attend_to_first(query, key, value, self.lengths, self.attention)
         return attend_causally(query, key, value, self._mark_real(), self.attention)

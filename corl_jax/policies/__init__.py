@@ -19,7 +19,12 @@ from corl_jax.types import Params, Sizes
 from corl_jax.weights.checkpoint import load_config, load_params, load_sharded, open_checkpoint
 from corl_jax.weights.folders import find_pointers
 from corl_jax.weights.hub import resolve_model_dir
-from corl_jax.weights.recognise import recognise_kind
+from corl_jax.weights.recognise import (
+    read_stated_type,
+    recognise_by_tensors,
+    recognise_kind,
+)
+from corl_jax.weights.storage import read_json
 
 FAMILIES: dict[str, Family] = {"janus": JANUS, "show_o": SHOW_O, "janus_flow": JANUS_FLOW}
 """Every kind of unified model that can be trained, by name."""
@@ -43,10 +48,16 @@ class Model(PolicyFiles):
 
 
 def find_family(folder: Path) -> Family:
-    """Returns the family that the config.json of a folder states, or else the first family."""
+    """Returns the family that the config.json of a folder states, or else the tensors' names.
+
+    The first family, if neither tells one.
+    """
     first, *_ = families = tuple(FAMILIES.values())
+    kinds, file = [family.kind for family in families], folder / "config.json"
     try:
-        kind = recognise_kind(folder, [family.kind for family in families])
+        kind = recognise_kind(folder, kinds)
+        if kind is None and read_stated_type(read_json(file) if file.is_file() else {}) is None:
+            kind = recognise_by_tensors(folder, kinds)
     except InputError:
         return first  # its reader reports what is wrong with the folder
     return next((family for family in families if family.kind is kind), first)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from corl_jax.devices.batches import to_host_rows
 from corl_jax.devices.mesh import make_mesh
-from corl_jax.policies import Model
+from corl_jax.policies import Model, family
 from corl_jax.policies.choices import row_keys
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.turns import bind_sampler, decode_segment, list_tokens, sample_turn
@@ -87,12 +87,16 @@ def generate_images(
     seed: int = 0,
     show_progress: bool = False,
     think: bool = False,
+    sample: family.Sample | None = None,
 ) -> Iterator[Sample]:
-    """Yields `samples` images of each prompt; with `think` each is drawn after a plan."""
+    """Yields `samples` images of each prompt; with `think` each is drawn after a plan.
+
+    `sample` replaces the family's sampler of images.
+    """
     rows = [{"prompt": prompt} for prompt in prompts]
     yield from _sample_turn(
         model, PLANNED_GENERATION if think else IMAGE_GENERATION, rows, options, None,
-        Batching(samples, batch_size, seed, "image", show_progress),
+        Batching(samples, batch_size, seed, "image", show_progress), sample=sample,
     )  # fmt: skip
 
 
@@ -147,10 +151,11 @@ class Batching:
 def _sample_turn(
     model: Model, task: Task, rows: Sequence[Mapping[str, Any]],
     options: SamplingOptions, image_of: Callable[[int], Any] | None, batching: Batching,
-    system_prompt: str = "",
+    system_prompt: str = "", sample: family.Sample | None = None,
 ) -> Iterator[Sample]:  # fmt: skip
     processor, turn = model.processor, task.turn
-    sampler = bind_sampler(model.family.turns[task.turn_kinds].sample, model.sizes, options)
+    sample = sample or model.family.turns[task.turn_kinds].sample
+    sampler = bind_sampler(sample, model.sizes, options)
     ids = [processor.prompt_ids(turn.prompt, row, system_prompt) for row in rows]
 
     def call(piece: Piece) -> tuple[Sequence[Any], ...]:

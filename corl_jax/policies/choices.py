@@ -41,6 +41,13 @@ def sample_keys(
     # Without the stream, image i and text i of a prompt would draw the same random numbers.
     base = jax.random.fold_in(jax.random.key(seed), stream)
     index = jnp.asarray(prompt_index, jnp.uint32)
+    keys = _make_grid(base, index, jnp.asarray(first, jnp.int32), group_size)
+    return keys if step is None else jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+
+
+# One program: a call for each operation would take milliseconds.
+@functools.partial(jax.jit, static_argnames="group_size")
+def _make_grid(base: jax.Array, index: jax.Array, first: jax.Array, group_size: int) -> jax.Array:
     fold = jax.random.fold_in
     # [B] x [G] -> keys [B, G] -> [N], prompt-major
     grid = jax.vmap(
@@ -48,8 +55,7 @@ def sample_keys(
             first + jnp.arange(group_size)
         )
     )
-    keys = grid(index, jnp.broadcast_to(jnp.asarray(first, jnp.int32), index.shape)).reshape(-1)
-    return keys if step is None else jax.vmap(fold, (0, None))(keys, step)
+    return grid(index, jnp.broadcast_to(first, index.shape)).reshape(-1)
 
 
 @functools.partial(jax.jit, static_argnames="stream")

@@ -281,6 +281,17 @@ class HiddenStates:
     compute: Callable[[Sizes, Params, EncodedPrompts, Any, Any], jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Inpainting:
+    """The functions that draw a part of a given image anew."""
+
+    # (sizes, image, mask), both of Pillow -> normalised pixels float32 [S, S, 3], and which codes
+    # [M] bool are drawn. Raises InputError for a mask that does not fit.
+    cut: Callable[[Sizes, Any, Any], tuple[np.ndarray, np.ndarray]]
+    # (sizes, params, pixels, codes that are drawn) -> a sampler that keeps the image's other codes
+    bind: Callable[[Sizes, Params, np.ndarray, np.ndarray], Sample]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that it can be hashed
 class Family:
     """One kind of unified model; `policies.FAMILIES` lists all of them."""
@@ -305,6 +316,7 @@ class Family:
     # (ids of questions [B, P], codes of their images, special) -> ids with these codes, if the
     # family reads the codes of `encode_images`. None: it reads pixels, with a network of its own.
     place_codes: Callable[[Array, Array, Any], Array] | None = None
+    reads_codes: Callable[[Sizes], bool] = lambda sizes: True  # whether these sizes do so
     prompts: tuple[str, ...] = ("generate", "question")  # kinds that the processor encodes
     denoises: bool = False  # images are made by denoising: their segments are of latents
     # Optional parts; without them the program refuses the options that need them.
@@ -317,8 +329,11 @@ class Family:
     # (processor, uint8 [N, S, S, 3] of `input_image_side`) -> pixel values as `encode` makes them,
     # on the device. Without it, rewards let `encode` make them on the host, which takes longer.
     normalise_pixels: Callable[[Any, jax.Array], jax.Array] | None = None
+    inpainting: Inpainting | None = None
     # sizes -> how images are normalised, for compiling without a processor
     stand_in_image: Callable[[Sizes], Any] = lambda sizes: None
+    # what a model of these sizes lacks for a task that others of the family can do
+    find_size_lack: Callable[[Sizes, Task], str | None] = lambda sizes, task: None
 
     @property
     def name(self) -> str:
@@ -330,8 +345,11 @@ class Family:
         """Layout of each parameter on a mesh, by its path."""
         return self.kind.rules
 
-    def find_lack(self, task: Task) -> str | None:
-        """Returns what the task needs and the family lacks; None if the family can do the task."""
+    def find_lack(self, task: Task, sizes: Sizes | None = None) -> str | None:
+        """Returns what the task needs and the family lacks; None if the family can do the task.
+
+        With `sizes` also what a model of these sizes lacks.
+        """
         kinds = task.turn_kinds
         if kinds not in self.turns:
             # (("codes",), ("text",)) -> "of codes, then of text"
@@ -341,7 +359,7 @@ class Family:
         unknown = [turn.prompt for turn in task.turns if turn.prompt not in self.prompts]
         if unknown:
             return f"has prompts {' and '.join(unknown)}, which a {self.name} does not encode"
-        return None
+        return None if sizes is None else self.find_size_lack(sizes, task)
 
     def abstract(self, sizes: Sizes) -> Params:
         """Returns the shapes of all parameters as a nested dict of ShapeDtypeStruct."""

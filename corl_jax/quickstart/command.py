@@ -17,24 +17,24 @@ from corl_jax.config.schema import Config
 from corl_jax.config.shipped import find_config
 from corl_jax.errors import InputError
 from corl_jax.estimates import read_estimate
+from corl_jax.quickstart.models import DEFAULT, STARTS, Start
 from corl_jax.report.figures import draw_before_after
 from corl_jax.runs import pictures
 from corl_jax.runs.directory import RunDir, to_json
 from corl_jax.runs.json_lines import read_lines
 
-CONFIG = "quickstart"
 WORLD = "small"
-# Fresh seeds: neither was used when the options of configs/quickstart.yaml were chosen.
+# Fresh seeds: neither was used when the options of the configs were chosen.
 TRAIN_SEED, TEST_SEED = 21, 22
 
 
-def run_quickstart(out: Path, overrides: Sequence[str]) -> None:
+def run_quickstart(out: Path, overrides: Sequence[str], start: Start) -> None:
     """Runs what is not done yet in `out`, and prints what came out.
 
     Raises:
         InputError: an override is wrong, or the run is too short to compare anything.
     """
-    work = Work(out, overrides)
+    work = Work(out, overrides, start)
     for title, command, result in work.list_steps():
         if result is not None and result.exists():
             print_title(f"{title}: {result} is there already")
@@ -50,10 +50,11 @@ class Work:
 
     out: Path
     overrides: Sequence[str] = ()
+    start: Start = STARTS[DEFAULT]
 
     @property
     def model(self) -> Path:
-        return self.out / "nano_janus"
+        return self.out / self.start.folder
 
     @property
     def train_data(self) -> Path:
@@ -77,7 +78,7 @@ class Work:
             "eval.path": self.test_data,
         }
         named = [f"{key}={path}" for key, path in paths.items()]
-        return [CONFIG, *named, *self.overrides]
+        return [self.start.config, *named, *self.overrides]
 
     def list_steps(self) -> list[tuple[str, list[str], Path | None]]:
         """Returns (title, command, what it makes) of each step.
@@ -85,13 +86,14 @@ class Work:
         Raises: InputError for overrides that make no config.
         """
         # The training has no result in the list: its command resumes by itself.
-        config = config_files.load(find_config(CONFIG), self.training[1:])
+        start = self.start
+        config = config_files.load(find_config(start.config), self.training[1:])
         draw_train = draw_rows(self.train_data, num_train_rows(config), TRAIN_SEED, "train")
         draw_test = draw_rows(self.test_data, config.eval.rows, TEST_SEED, "test")
         return [
             (
-                "1. The nano Janus, from transformers' layout to ours",
-                make_command("convert", "to-jax", "nano", self.model),
+                f"1. {start.title}, from the layout of {start.source} to ours",
+                make_command("convert", "to-jax", start.model, self.model),
                 self.model,
             ),
             ("2. Rows to train on, each used once", draw_train, self.train_data),
@@ -201,8 +203,8 @@ def summarize(work: Work) -> None:
     if len(rewards) < 2 or len(evaluations) < 2:
         raise InputError(
             f"{work.train.metrics}: found {len(rewards)} steps and {len(evaluations)} "
-            "evaluations; expected at least two of each; leave train.max_steps, "
-            "train.stop_after, log.every and eval.suite as configs/quickstart.yaml has them"
+            "evaluations; expected at least two of each; leave train.max_steps, train.stop_after, "
+            f"log.every and eval.suite as the config {work.start.config} has them"
         )
     rise = Rise.of(rewards)
     before, after = evaluations[0], evaluations[-1]

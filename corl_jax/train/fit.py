@@ -33,6 +33,14 @@ def trained_patterns(config: Config, family: Family) -> Sequence[str]:
     return family.trainable if chosen is None else chosen
 
 
+def choose_layout(config: Config, family: Family) -> Config:
+    """Returns the config with the family's usual layout in the place of export.layout auto."""
+    if config.export.layout != "auto":
+        return config
+    export = config.export.model_copy(update={"layout": family.kind.usual_layout})
+    return config.model_copy(update={"export": export})
+
+
 def add_adapters(config: Config, family: Family, sizes: Sizes) -> Sizes:
     """Returns the sizes with the adapters that the config asks for.
 
@@ -128,14 +136,18 @@ def find_length_problems(config: Config, limits: Limits) -> list[str]:
 def _find_export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
     """Returns what would make the export fail."""
     # Checked before the training, because the export is written after it.
-    layout = config.export.layout
-    problems = []
+    layout, problems = choose_layout(config, family).export.layout, []
     if layout != "none":
         problems += list_place_problems(RunDir(Path(config.output_dir)).export)
         try:
             check_export(family.kind, layout, family.base(sizes))
         except InputError as error:
             problems += [f"export.layout: {problem}" for problem in error.problems]
+    if config.lora.rank and config.export.lora == "adapter" and layout != "transformers":
+        problems.append(
+            f"export.lora: adapter, but a {family.name} is exported in the layout {layout}; PEFT "
+            "loads an adapter onto transformers' model alone: set export.lora to merged"
+        )
     return problems
 
 

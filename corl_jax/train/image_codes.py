@@ -15,7 +15,7 @@ def read_images(run: Run, params: Params, batch: Batch) -> Batch:
     No gradient goes through them, so the policy, the old policy and the reference can share them.
     """
     place = run.family.place_codes
-    if place is None:
+    if place is None or not run.family.reads_codes(run.sizes):
         return batch
     codes: dict[int, Array] = {}  # questions and captions may have the same array of pixels
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
+from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.data.images import fit_pixels
 from corl_jax.metrics import to_metrics
 from corl_jax.params import merge
@@ -22,8 +22,7 @@ from corl_jax.types import Params, Prompts, Sizes
 def tokenizer_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     """Returns (next state, Iteration) of one batch of images."""
     with run.phases("data"):
-        images = prompts.columns["real_image"]
-        pixels = put_batch(run, np.stack([fit_pixels(image, run.image_side) for image in images]))
+        pixels = put_batch(run, fit_pixels(prompts.columns[IMAGE_COLUMN], run.image_side))
     with run.phases("update"):
         state, metrics = run.train_step(state, run.frozen, pixels)
     return state, Iteration(metrics, {}, {}, [metrics])

@@ -158,7 +158,8 @@ def resolve_run(config: Config) -> ResolvedRun:
         problems.add(_find_scorer_problems(rewards.networks, mesh))
     sizes = loaders = evaluations = None
     if model:
-        missing = find_missing_abilities(config, stage, model.family)
+        config = fit.choose_layout(config, model.family)
+        missing = find_missing_abilities(config, stage, model.family, model.sizes)
         problems.add(missing)
         if stage.compares and config.algorithm.name in RECIPES:
             problems.add(find_denoising_problems(config, model.family))
@@ -260,11 +261,14 @@ def _inspect_networks(
     )
 
 
-def find_missing_abilities(config: Config, stage: Stage, family: Family) -> list[str]:
-    """Returns the abilities that tasks and stage need and the model's family lacks."""
+def find_missing_abilities(
+    config: Config, stage: Stage, family: Family, sizes: Sizes | None = None
+) -> list[str]:
+    """Returns the abilities that tasks and stage need and the model lacks."""
     problems = []
     for task in stage.tasks(config):
-        lack, program = family.find_lack(TASKS[task]), family.turns.get(TASKS[task].turn_kinds)
+        lack = family.find_lack(TASKS[task], sizes)
+        program = family.turns.get(TASKS[task].turn_kinds)
         if lack:
             problems.append(
                 f"stage {config.stage}: the task {task} {lack}; choose another task or model"

@@ -9,6 +9,7 @@ of latents is that of rectified flow.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,9 @@ TEXT_PROMPT = "text"
 NOISE_STREAM = (1 << 16) + 1
 """Random stream of `policies.family.NOISE_KEYS`, apart from those of samples."""
 
+TARGETS_KEPT = 1 << 16
+"""Texts whose ids stay in memory, some 30 MB: each pass over the data has the same ones."""
+
 CFG_DROPOUT = 0.1
 """Fraction of image prompts that are blanked: guidance needs a model that knows blank prompts."""
 
@@ -60,16 +64,17 @@ def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     """Returns (next state, Iteration) of one batch of rows."""
     with run.phases("data"):
         params = merge(state.params, run.frozen)
-        batch = read_images(run, params, put_batch(run, make_supervised_batch(run, prompts, step)))
-        for task in image_tasks(tuple(batch.keys() & TASKS.keys())):
+        batch = put_batch(run, make_supervised_batch(run, prompts, step))
+        drawn = image_tasks(tuple(batch.keys() & TASKS.keys()))
+        # Before the images, because the host waits for it and the devices work in order.
+        replay = {NOISE_KEYS: make_noise_bits(run, prompts)} if drawn else {}
+        batch = read_images(run, params, batch)
+        for task in drawn:
             pixels = batch[task].segments[0].values
             values = run.family.encode_images(run.sizes, params, pixels)
             kind = LATENTS if run.family.denoises else CODES
             # [N, T] codes, or latents [N, 1, h, w, C], whose error is one number
-            segment = Segment(
-                kind, values, jnp.ones(values.shape[:2], bool),
-                replay={NOISE_KEYS: make_noise_bits(run, prompts)},
-            )  # fmt: skip
+            segment = Segment(kind, values, jnp.ones(values.shape[:2], bool), replay=replay)
             batch[task] = dataclasses.replace(batch[task], segments=(segment,))
     with run.phases("update"):
         state, metrics = run.train_step(state, run.frozen, batch)
@@ -89,7 +94,7 @@ def make_supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
             draws = np.random.default_rng([run.seed, step, step * total]).random(total)
             dropped = draws[prompts.index - step * total] < CFG_DROPOUT
             encoded = blank_prompts(run, prompts.encoded[task], dropped)
-            pixels = np.stack([fit_pixels(x, run.image_side) for x in columns[IMAGE_COLUMN]])
+            pixels = fit_pixels(columns[IMAGE_COLUMN], run.image_side)
             # The codes come later, from the devices; this mask only has the right number of rows.
             segment = Segment(CODES, pixels, np.ones(len(prompts), bool))
             batch[task] = TaskBatch(encoded, (segment,))
@@ -136,13 +141,16 @@ def blank_prompts(run: Run, prompts: EncodedPrompts, dropped: np.ndarray) -> Enc
 
 def make_targets(run: Run, answers: Sequence[str]) -> Segment:
     """Returns texts as a segment [B, T]: each answer and the end token, padded to a bucket."""
-    processor: Any = run.processor
-    return pad_targets(
-        run, [[*processor.answer_ids(text), processor.special.eos] for text in answers]
-    )
+    return pad_targets(run, [tokenise_target(run.processor, text) for text in answers])
 
 
-def pad_targets(run: Run, rows: Sequence[Sequence[int]]) -> Segment:
+@functools.lru_cache(maxsize=TARGETS_KEPT)
+def tokenise_target(processor: Any, text: str) -> np.ndarray:
+    """Returns the ids [T] int32 of a text and the end token."""
+    return np.asarray([*processor.answer_ids(text), processor.special.eos], np.int32)
+
+
+def pad_targets(run: Run, rows: Sequence[Sequence[int] | np.ndarray]) -> Segment:
     """Returns ids of texts as a segment [B, T], padded to a bucket."""
     processor: Any = run.processor
     # The rows of all processes form one array, so all pad to the longest row of any process.

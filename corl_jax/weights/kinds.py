@@ -72,6 +72,7 @@ class ForeignExport:
     write_assets: Callable[[Path, str, Any, Assets | None, Mapping[str, Any]], list[str]]
     # sizes -> those that must be equal for the carried tensors of another checkpoint to fit
     carried_sizes: Callable[[Any], Any]
+    usual_layout: str | None = None  # of an export that names none; None: the first table's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,11 @@ class WeightsPart:
     prefix: str  # of the names of its tensors in key tables, and not in the file
     hub_id: str  # its published source, for messages
     other_folders: tuple[str, ...] = ()  # names that are read as well
+    # A tensor of the earlier parts without which this part is not the model's. Such a part may be
+    # missing; None: always needed.
+    only_with: str | None = None
+    # A prefix that the file's names may have or lack, and that key tables have behind `prefix`.
+    inner_prefix: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity
@@ -147,6 +153,13 @@ class NetworkKind:
     def written_layouts(self) -> tuple[str, ...]:
         """The layouts that an export can write."""
         return (*(self.tables if self.foreign_export else ()), OWN_LAYOUT)
+
+    @property
+    def usual_layout(self) -> str:
+        """The layout of an export that names none."""
+        if self.foreign_export is None:
+            return OWN_LAYOUT
+        return self.foreign_export.usual_layout or next(iter(self.tables))
 
     def shapes(self, config: Any) -> dict[str, Shape]:
         """Returns {path: shape} of every parameter."""

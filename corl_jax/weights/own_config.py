@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,14 @@ def make_own_config(
         "format_version": FORMAT_VERSION,
         **({"network": kind.name} if form.model_type == NETWORK_TYPE else {}),
         "source_layout": source_layout,
-        form.sizes: dataclasses.asdict(config),
+        form.sizes: _drop_absent(dataclasses.asdict(config)),
         "layer_dtypes": layer_dtypes,
     }
+
+
+def _drop_absent(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Returns the sizes without optional parts that a network lacks."""
+    return {name: value for name, value in sizes.items() if value is not None}
 
 
 def parse_own_config(kind: NetworkKind, data: dict[str, Any], file: Path) -> Any:
@@ -54,19 +60,25 @@ def parse_own_config(kind: NetworkKind, data: dict[str, Any], file: Path) -> Any
 def build_config(kind: type, data: Any, where: str, problems: Problems) -> Any:
     """Builds a config dataclass from JSON: all fields present, none unknown, types exact.
 
-    Adds problems to `problems`; a field with a problem keeps its default.
+    A field whose default is None is the config of an optional part, and may be absent. Adds
+    problems to `problems`; a field with a problem keeps its default.
     """
     defaults = kind()
     if not isinstance(data, dict):
         problems.add(f"{where} is {data!r}, expected an object")
         return defaults
     fields = {field.name for field in dataclasses.fields(kind)}
-    problems.add(f"{where}.{name} is missing" for name in sorted(fields - data.keys()))
+    optional = {name for name in fields if getattr(defaults, name) is None}
+    missing = sorted(fields - optional - data.keys())
+    problems.add(f"{where}.{name} is missing" for name in missing)
     problems.add(f"{where}.{name} is unknown" for name in sorted(data.keys() - fields))
     values = {}
     for name in fields & data.keys():
         default, value = getattr(defaults, name), data[name]
-        if dataclasses.is_dataclass(default):
+        if name in optional:
+            part = _find_optional_part(kind, name)
+            values[name] = build_config(part, value, f"{where}.{name}", problems)
+        elif dataclasses.is_dataclass(default):
             values[name] = build_config(type(default), value, f"{where}.{name}", problems)
         # JSON has no tuples: (0.5, 0.5, 0.5) is written as a list.
         elif isinstance(default, tuple) and isinstance(value, list):
@@ -80,6 +92,12 @@ def build_config(kind: type, data: Any, where: str, problems: Problems) -> Any:
                 problems.add(f"{where}.{name} is {value!r}, expected like {default!r}")
                 values[name] = default
     return dataclasses.replace(defaults, **values)
+
+
+def _find_optional_part(kind: type, name: str) -> type:
+    """Returns the dataclass of a field that is annotated `Config | None`."""
+    choices: tuple[type, ...] = typing.get_args(typing.get_type_hints(kind)[name])
+    return next(choice for choice in choices if choice is not type(None))
 
 
 def _read_value(name: str, default: Any, value: Any) -> Any:

@@ -43,11 +43,19 @@ def join_parts(store: Store, kind: NetworkKind, folder: Path) -> Store:
     Raises: InputError for a part that is missing or damaged.
     """
     for part in (kind.parts or ())[1:]:
+        if part.only_with and part.only_with not in store.infos:
+            continue
         places = [find_companion(folder, name) for name in (part.folder, *part.other_folders)]
         place = next(filter(None, places), None)
+        if place is None and part.only_with:
+            continue
         if place is None:
             raise InputError(describe_missing(folder / part.folder, part.hub_id))
-        store = JoinedStore(store, PrefixedStore(open_any_store(place, part.stem), part.prefix))
+        of_part = open_any_store(place, part.stem)
+        inner = part.inner_prefix
+        if any(key.startswith(inner) for key in of_part.infos):
+            inner = ""
+        store = JoinedStore(store, PrefixedStore(of_part, part.prefix + inner))
     return store
 
 
@@ -93,5 +101,7 @@ def split_plans(
         renamed = dataclasses.replace(plan, key=plan.key.removeprefix(prefix))
         by_prefix[prefix].append(renamed)
     for part in kind.parts:
+        if part.only_with and not by_prefix[part.prefix]:
+            continue
         # By name, as the safetensors library orders tensors of one type.
         yield part, sorted(by_prefix[part.prefix], key=lambda plan: plan.key)

@@ -8,7 +8,7 @@ from typing import Any
 
 from corl_jax.errors import InputError
 from corl_jax.weights.kinds import NETWORK_TYPE, OWN_LAYOUT, NetworkKind
-from corl_jax.weights.storage import read_json
+from corl_jax.weights.storage import open_any_store, read_json
 from corl_jax.weights.table import Shape
 from corl_jax.weights.wrong_names import Known, find_layout_of_names, find_wrong_names, is_known_to
 
@@ -26,6 +26,25 @@ def recognise_kind(folder: str | Path, kinds: Iterable[NetworkKind]) -> NetworkK
             and stated in kind.model_types
             and kind.find_other_kind(data) is None
         ):
+            return kind
+    return None
+
+
+def recognise_by_tensors(folder: str | Path, kinds: Iterable[NetworkKind]) -> NetworkKind | None:
+    """Returns the kind whose layouts name most of a directory's tensors; None if none does.
+
+    Only kinds are compared whose config.json need not say what they are.
+
+    Raises: InputError for a directory without weights, or with damaged ones.
+    """
+    store = open_any_store(Path(folder))
+    names = list(store.infos)
+    store.close()
+    for kind in kinds:
+        if kind.needs_config:
+            continue
+        counts = (sum(map(table.matches, names)) for table in kind.tables.values())
+        if 2 * max(counts) > len(names):
             return kind
     return None
 

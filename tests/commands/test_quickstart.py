@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from corl_jax.assets import SHIPPED
 from corl_jax.config import files as config_files
 from corl_jax.config.shipped import find_config
 from corl_jax.errors import InputError
 from corl_jax.quickstart import command as quickstart
 from corl_jax.quickstart.command import Rise
+from corl_jax.quickstart.models import STARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -38,9 +40,10 @@ def test_rise_without_spread_or_with_one_step_a_quarter_has_no_error():
 
 
 def test_no_row_is_learnt_twice_and_enough_are_held_out(tmp_path):
-    config = config_files.load(find_config(quickstart.CONFIG))
-    assert config.train.max_steps * config.train.prompts_per_step == 1920
-    assert config.eval.rows >= 400
+    for start in STARTS.values():
+        config = config_files.load(find_config(start.config))
+        assert config.train.max_steps * config.train.prompts_per_step == 1920
+        assert config.eval.rows >= 400
     work = quickstart.Work(tmp_path, ("train.max_steps=3",))
     commands = [" ".join(command) for _, command, _ in work.list_steps()]
     assert "--rows 96 --seed 21 --split train" in commands[1]
@@ -57,6 +60,16 @@ def test_a_step_that_fails_ends_with_its_exit_code(capfd):
     assert ended.value.code == 2
     out, err = capfd.readouterr()
     assert "raise SystemExit" in out and "exit code 2" in err
+
+
+def test_each_model_has_its_folders_and_its_config(tmp_path):
+    for name, start in STARTS.items():
+        assert start.model in SHIPPED and SHIPPED[start.model].is_dir()
+        work = quickstart.Work(tmp_path, (), start)
+        commands = [" ".join(command) for _, command, _ in work.list_steps()]
+        assert f"to-jax {start.model} {tmp_path / start.folder}" in commands[0]
+        assert f"train {start.config} " in commands[3], name
+    assert len({start.out for start in STARTS.values()}) == len(STARTS)
 
 
 def start(out: Path, *overrides: str) -> subprocess.CompletedProcess:

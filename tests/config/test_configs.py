@@ -372,6 +372,7 @@ def test_a_show_o_config_fits_its_model(name):
     assert config.model.path == f"models/{preset}"
     assert find_sizes(config.model.path, None) == (family, family.presets[preset])
     sizes = fit.add_adapters(config, family, family.presets[preset])
+    assert fit.choose_layout(config, family).export.layout == "original"
     assert not fit.find_model_problems(config, family, sizes, None)
     # Show-o's own weights of guidance do not count the conditional part; see `compute_image_logits`
     if STAGE_TABLE[config.stage].samples:

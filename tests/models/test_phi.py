@@ -83,7 +83,11 @@ def test_answers_token_by_token_equal_the_full_forward(params, front, copied, mo
     def cached(params):
         phi = bind(Phi, PHI, params)
         decoder, last = read_question_prompts(
-            phi, phi.embed_tokens(prompts), jnp.asarray(real), front, "xla"
+            phi,
+            phi.embed_tokens(prompts),
+            jnp.asarray(real),
+            jnp.arange(PROMPT)[None] < front,
+            "xla",
         )
         caches = decoder.new_caches(len(tokens), STEPS)
         states = [jnp.repeat(last, GROUP, axis=0)]

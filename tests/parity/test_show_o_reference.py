@@ -19,12 +19,12 @@ from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, SamplingOptions
 from corl_jax.policies.show_o import images, network, sampling
 from corl_jax.policies.show_o.hiding import POSITIONS, SHARES, choose_hidden
 from corl_jax.policies.show_o.layout import RULES
-from corl_jax.policies.show_o.masks import make_generation_mask
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.train.step import TaskBatch, UpdateOptions, gradients
 from corl_jax.types import Segment
 from tests.parity import show_o_reference as reference
 from tests.support import show_o_files
+from tests.support.show_o_masks import make_generation_mask
 from tests.support.tiny_models import tiny_image
 
 pytestmark = pytest.mark.usefixtures("exact_products")

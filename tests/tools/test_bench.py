@@ -27,7 +27,6 @@ from corl_jax.policies.janus import network as janus_network
 from corl_jax.policies.janus import sampling
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.tokens import SpecialTokens
-from corl_jax.policies.show_o import masks
 from corl_jax.rewards import captions, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY
@@ -35,6 +34,7 @@ from corl_jax.rewards.samples import Network
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.types import Segment
 from corl_jax.weights.layouts import KINDS
+from tests.support import show_o_masks
 from tests.support.tolerances import LOGPROBS
 from tools.bench import __main__ as command
 from tools.bench import (
@@ -758,12 +758,14 @@ def test_masks_of_the_peer_are_those_of_a_show_o(tmp_path):
     drawing = torch.from_numpy(inputs.make_image_prompts(size, special, 3, 12).input_ids)
     ids = show_o.add_image(drawing, torch.full((3, 16), special.mask), special)
     seen = show_o.make_mask(ids, special, "t2i")[:, 0] == 0
-    expected = np.array(masks.make_generation_mask(ids.numpy(), special))
+    expected = np.array(show_o_masks.make_generation_mask(ids.numpy(), special))
     real = ids.numpy() != special.pad
     assert (seen.numpy() == expected)[real].all()
     asking = torch.from_numpy(inputs.make_questions(size, special, 3, 29).input_ids[:1])
     seen = show_o.make_mask(asking, special, "mm2t")[:, 0] == 0
-    assert (seen.numpy() == np.array(masks.make_question_mask(asking.numpy(), special))).all()
+    assert (
+        seen.numpy() == np.array(show_o_masks.make_question_mask(asking.numpy(), special))
+    ).all()
 
 
 # ---- gradients

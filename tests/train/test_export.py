@@ -51,7 +51,7 @@ def refresh(tmp_path, monkeypatch):
     def call(step, weight=1.0, frozen="digest", cfg_scale=3.0, evaluations=(), path="m", **options):
         tree = {
             "output_dir": "r", "model": {"path": path}, "data": {"path": ["owner/rows", "/data/d"]},
-            "rewards": [{"name": "format"}], "export": options,
+            "rewards": [{"name": "format"}], "export": {"layout": "transformers"} | options,
             "rollout": {"cfg_scale": cfg_scale},
         }  # fmt: skip
         state = SimpleNamespace(params={"kernel": jnp.full((2, 2), weight)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def make_batch() -> dict[str, TaskBatch]:
     }
 
 
-def make_run(family) -> types.SimpleNamespace:
+def make_run(family) -> Any:
     processor = types.SimpleNamespace(special=SPECIAL)
     return types.SimpleNamespace(family=family, sizes=CONFIG, processor=processor)
 
@@ -73,11 +74,11 @@ def test_questions_and_captions_read_the_same_codes_and_score_the_same(params):
         np.testing.assert_array_equal(
             after.prompts.input_ids, fill_codes(model, before.prompts, SPECIAL)
         )
-        scores = [
+        expected, scores = (
             score_answers(CONFIG, params, part.prompts, part.segments, options)[0][0]
             for part in (before, after)
-        ]
-        np.testing.assert_allclose(*scores, atol=1e-6)
+        )
+        np.testing.assert_allclose(scores, expected, atol=1e-6)
 
 
 def test_a_family_with_an_image_network_of_its_own_keeps_the_pixels(params):

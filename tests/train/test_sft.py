@@ -144,12 +144,12 @@ def test_dropped_prompts_are_guidances_unconditional_rows(processor, monkeypatch
 
 
 def test_pixels_of_a_drawing():
-    side = fit_pixels(Image.new("RGB", (16, 16), (255, 0, 127)), 16)
+    (side,) = fit_pixels([Image.new("RGB", (16, 16), (255, 0, 127))], 16)
     assert side.shape == (16, 16, 3)
     np.testing.assert_allclose(side[3, 5], [1, -1, 127 / 127.5 - 1], atol=1e-6)
     wide = Image.new("RGB", (64, 32), (255, 0, 0))
     wide.paste((0, 255, 0), (16, 0, 48, 32))  # the middle square
-    assert (fit_pixels(wide, 8)[2:6, 2:6] == [-1, 1, -1]).all()
+    assert (fit_pixels([wide], 8)[0, 2:6, 2:6] == [-1, 1, -1]).all()
 
 
 # ---- losses
@@ -192,7 +192,7 @@ def test_the_loss_is_the_mean_over_tokens(tiny_config, params):
 @pytest.fixture(scope="module")
 def tokenizer_loss(tiny_config, params):
     """weights -> (loss, metrics, gradients) of the image tokenizer on two pictures."""
-    pixels = jnp.stack([fit_pixels(tiny_image(i), 16) for i in range(2)])
+    pixels = jnp.asarray(fit_pixels([tiny_image(i) for i in range(2)], 16))
 
     @jax.jit
     def compute(part, weights):

@@ -44,7 +44,21 @@ class ImageSettings:
 
 
 def preprocess_image(image: Image.Image, settings: ImageSettings) -> np.ndarray:
-    """Returns an image as normalised float32 [S, S, 3]: longest side S, centred on grey.
+    """Returns an image as normalised float32 [S, S, 3]; see `make_square`."""
+    return normalise_levels(make_square(image, settings), settings)
+
+
+def normalise_levels(levels: np.ndarray, settings: ImageSettings) -> np.ndarray:
+    """Returns levels 0..255 [..., 3] normalised, float32."""
+    pixels = levels.astype(np.float32)
+    pixels /= np.float32(255)
+    pixels -= np.asarray(settings.mean, np.float32)
+    pixels /= np.asarray(settings.std, np.float32)
+    return pixels
+
+
+def make_square(image: Image.Image, settings: ImageSettings) -> np.ndarray:
+    """Returns an image as uint8 [S, S, 3]: longest side S, centred on grey.
 
     Source: Janus `VLMImageProcessor`.
     """
@@ -62,8 +76,7 @@ def preprocess_image(image: Image.Image, settings: ImageSettings) -> np.ndarray:
         square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in settings.mean))
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         image = square
-    pixels = np.asarray(image, np.float32) / np.float32(255)
-    return (pixels - np.asarray(settings.mean, np.float32)) / np.asarray(settings.std, np.float32)
+    return np.asarray(image)
 
 
 def make_level_table(settings: ImageSettings) -> np.ndarray:

@@ -26,6 +26,8 @@ from corl_jax.policies.janus.checkpoint.settings import parse_vision
 from corl_jax.policies.janus.image_settings import (
     ImageSettings,
     ParseVision,
+    make_square,
+    normalise_levels,
     preprocess_image,
     read_image_settings,
 )
@@ -266,8 +268,8 @@ class Processor:
         if prompt != QUESTION:
             return encoded
         assert images is not None, "a question is about an image"
-        pixels = np.stack([self._preprocess_images(image) for image in images])
-        return dataclasses.replace(encoded, pixel_values=pixels)
+        levels = np.stack([self._make_squares(image) for image in images])
+        return dataclasses.replace(encoded, pixel_values=normalise_levels(levels, self.image))
 
     def bucket(self, length: int) -> int:
         """Returns the padded length of a prompt: the next multiple of `bucket_size`."""
@@ -311,10 +313,10 @@ class Processor:
         """Returns an image as normalised float32 [S, S, 3]; see `image_settings`."""
         return preprocess_image(image, self.image)
 
-    def _preprocess_images(self, images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
+    def _make_squares(self, images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
         if isinstance(images, Image.Image):
-            return self.preprocess_image(images)
-        return np.stack([self.preprocess_image(image) for image in images])
+            return make_square(images, self.image)
+        return np.stack([make_square(image, self.image) for image in images])
 
 
 def read_settings(

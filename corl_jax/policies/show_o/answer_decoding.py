@@ -1,7 +1,7 @@
 """Reads question prompts of a Show-o once, and decodes answers behind them token by token.
 
-The front of such a prompt, from the task's token to the end of the image, is one block whose tokens
-all see each other. The question and the answer behind it are causal.
+The image in such a prompt is seen by all tokens, also by those before it. Other tokens are seen by
+later ones.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from corl_jax.policies.decoding import Decoder, Step, attend_step, read_prompts
 
 
 def read_question_prompts(
-    phi: Phi, embeds: jax.Array, mask: jax.Array, front: int, attention: DecodeKernel
+    phi: Phi, embeds: jax.Array, mask: jax.Array, is_seen: jax.Array, attention: DecodeKernel
 ) -> tuple[Decoder, jax.Array]:
     """Reads left-padded prompts [B, P, D]; returns a decoder and their last states [B, D].
 
-    The first `front` real tokens of a prompt see each other; 0 makes the whole prompt causal.
+    `is_seen` [B or 1, P] marks the tokens that all others see, with the padding behind the prompts.
     """
-    network = _FrontedPhi(phi, front)
+    network = _SeeingPhi(phi, is_seen)
     return read_prompts(network, embeds, mask, attention, DecodeBlock)
 
 
@@ -53,11 +53,11 @@ class DecodeBlock:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FrontedPhi:
-    """A Phi as `decoding.Network`, whose prompts begin with `front` tokens that see each other."""
+class _SeeingPhi:
+    """A Phi as `decoding.Network`, with tokens in prompts that all others see."""
 
     phi: Phi
-    front: int
+    is_seen: jax.Array  # [B or 1, P] bool
 
     @property
     def layers(self) -> Any:
@@ -72,7 +72,7 @@ class _FrontedPhi:
 
     def prefill(self, embeds: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache]:
         places = jnp.arange(mask.shape[1])
-        # front 2 of 4: rows [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]. The padding,
+        # is_seen 1100: rows [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]. The padding,
         # which `decoding` moves behind the prompt, is later than every real token.
-        seen = (places <= places[:, None]) | (places < self.front)
-        return self.phi.prefill(embeds, jnp.broadcast_to(seen, (len(mask), *seen.shape)))
+        seen = (places <= places[:, None]) | self.is_seen[:, None]
+        return self.phi.prefill(embeds, jnp.broadcast_to(seen, (len(mask), *seen.shape[1:])))

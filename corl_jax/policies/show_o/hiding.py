@@ -122,7 +122,8 @@ def _choose_codes(segment: Segment, options: LogprobOptions) -> jax.Array:
 
 def _choose_tokens(prompts: EncodedPrompts, segment: Segment, options: LogprobOptions) -> jax.Array:
     mask = jnp.asarray(segment.mask)
-    if not options.released:
+    # Show-o's own code scores answers alone behind CLIP's features.
+    if not options.released or options.image.clip is not None:
         return mask
     ids, lengths = move_padding_last(jnp.asarray(prompts.input_ids), options.special)
     image = options.image.num_tokens + FRONT

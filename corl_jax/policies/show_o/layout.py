@@ -41,6 +41,9 @@ RULES: Rules = (
     (r"language_model/embed_tokens/embedding", PartitionSpec(None, "fsdp")),
     (r"lm_head/kernel", PartitionSpec("fsdp")),
     (r"mm_projector/fc\d/kernel", PartitionSpec("fsdp", "tensor")),
+    (r"vision_tower/layers/(attn/[qkv]_proj|mlp/fc1)/kernel", _COLUMN),
+    (r"vision_tower/layers/(attn/out_proj|mlp/fc2)/kernel", _ROW),
+    (r"vision_tower/.*", _WHOLE),
     (r"language_model/.*norm/(scale|bias)", _WHOLE),
     (r".*/bias", _WHOLE),
     (r"vqmodel/.*", _WHOLE),  # 95 million parameters: small beside the language model

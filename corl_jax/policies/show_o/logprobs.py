@@ -23,6 +23,7 @@ from corl_jax.policies.show_o.reading import (
     FRONT,
     IMAGE_ORDERS,
     compute_image_logits,
+    embed_features,
     fill_codes,
     frame_codes,
     move_padding_last,
@@ -123,6 +124,8 @@ def text_logprobs(
     """
     if prompts.input_ids.shape[1] == 1:
         return _score_plain_text(model, prompts, tokens, options)
+    if model.config.clip is not None:
+        return _score_behind_features(model, prompts, tokens, options)
     ids, lengths = move_padding_last(fill_codes(model, prompts, options.special), options.special)
     group_size, count = len(tokens) // len(ids), tokens.shape[1]
     image = model.config.num_image_tokens + FRONT  # equally many in all rows
@@ -149,6 +152,23 @@ def text_logprobs(
         first = repeat_rows(before[:, -1:], group_size)
         states = jnp.concatenate([first, hidden[:, : question_ids.shape[1] - 1], states], axis=1)
         tokens = jnp.concatenate([question_ids, tokens], axis=1)
+    return chunked_logprobs(model.text_logits, states, tokens, options.temperature, options.chunk)
+
+
+def _score_behind_features(
+    model: ShowO, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions
+) -> tuple[jax.Array, jax.Array]:
+    """Computes (log-probs, entropies) [N, T] of answers behind questions about CLIP's features."""
+    ids, lengths = move_padding_last(jnp.asarray(prompts.input_ids), options.special)
+    embeds = embed_features(model, ids, prompts.pixel_values, options.special)
+    before, behind = model.language_model.read_parts(
+        embeds, lengths, model.embed_text(tokens), ("causal", "causal"),
+        is_seen=ids == options.special.mask, remat=options.remat, attention=options.attention,
+    )  # fmt: skip
+    # The state of the question's last token scores the first token of the answer.
+    last = jnp.take_along_axis(before, (lengths - 1)[:, None, None], axis=1)
+    last = repeat_rows(last, len(tokens) // len(ids))
+    states = jnp.concatenate([last, behind[:, :-1]], axis=1)
     return chunked_logprobs(model.text_logits, states, tokens, options.temperature, options.chunk)
 
 

@@ -9,6 +9,7 @@ Source: Xie et al. 2024 (Show-o, arXiv 2408.12528).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from flax import nnx
 
 from corl_jax import params as params_lib
 from corl_jax.models import modules
+from corl_jax.models.clip import ClipVisionConfig, VisionTower
 from corl_jax.models.layers import make_linear
 from corl_jax.models.lora import Lora
 from corl_jax.models.magvit import Magvit, MagvitConfig
@@ -37,15 +39,23 @@ class ShowOConfig:
     magvit: MagvitConfig = dataclasses.field(default_factory=MagvitConfig)
     num_vq_tokens: int = 256  # codes of an image
     llm_vocab_size: int = 50295  # tokens of the text tokenizer
-    # True: files have a projector of CLIP's features. No prompt reads it: images are read as codes.
+    # True: questions read CLIP's features of an image in the place of its codes, and files have a
+    # projector of these features.
     w_clip_vit: bool = False
     clip_width: int = 1024  # channels of CLIP's features
     projector_width: int = 2048  # of its hidden layer and its output, as the original code has it
+    clip: ClipVisionConfig | None = None  # the vision tower; without it no question is read
 
     @property
     def num_image_tokens(self) -> int:
         """The number of codes of an image, in a prompt or generated."""
         return self.num_vq_tokens
+
+    @property
+    def image_side(self) -> int:
+        """The side of a drawn image in pixels."""
+        # 1,024 codes -> a grid of 32 x 32 -> 32 * 16 = 512 pixels
+        return math.isqrt(self.num_vq_tokens) * self.magvit.downsample
 
     @property
     def num_codes(self) -> int:
@@ -106,6 +116,7 @@ class ShowO(nnx.Module):
     """The parts and their connections; sampling and losses are in other modules."""
 
     mm_projector: ClipProjector  # only with `w_clip_vit`
+    vision_tower: VisionTower  # only with `clip`
 
     def __init__(self, config: ShowOConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -115,6 +126,8 @@ class ShowO(nnx.Module):
         self.vqmodel = Magvit(config.magvit, rngs=rngs)
         if config.w_clip_vit:
             self.mm_projector = ClipProjector(config.clip_width, config.projector_width, rngs=rngs)
+        if config.clip is not None:
+            self.vision_tower = VisionTower(config.clip, rngs=rngs)
 
     def embed_text(self, input_ids: jax.Array) -> jax.Array:
         """Embeds ids [..., T] of the one vocabulary to [..., T, D]."""
@@ -123,6 +136,10 @@ class ShowO(nnx.Module):
     def embed_image_tokens(self, codes: jax.Array) -> jax.Array:
         """Embeds image codes [..., T] to [..., T, D]; code `num_codes` is the mask token."""
         return self.embed_text(codes + self.config.image_offset)
+
+    def embed_pixels(self, pixel_values: jax.Array) -> jax.Array:
+        """Embeds normalised pixels [B, S, S, 3] as features of the vision tower, [B, I, D]."""
+        return self.mm_projector(self.vision_tower.compute_patches(pixel_values))
 
     def text_logits(self, hidden: jax.Array) -> jax.Array:
         """Computes float32 logits [..., V] of the whole vocabulary of hidden states [..., D]."""

@@ -2,7 +2,8 @@
 
 A prompt for an image is `t2i sot text eot`; the sampler adds soi, the codes and eoi. A question is
 `mmu soi codes eoi sot text`, with the mask token at the places of the codes. The codes come from
-the pixels on the devices.
+the pixels on the devices. A model that reads CLIP's features has questions of another form,
+`mmu system soi features eoi text`, with the mask token at the places of the features.
 
 Source: Show-o (arXiv 2408.12528), `UniversalPrompting` and `inference_mmu.py`.
 """
@@ -20,6 +21,7 @@ from PIL import Image
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
+from corl_jax.models.clip import ClipVisionConfig
 from corl_jax.policies.padding import pad_on_the_left
 from corl_jax.policies.show_o.tokens import CONTROLS, PAD, SpecialTokens, load_tokenizer
 from corl_jax.types import EncodedPrompts
@@ -31,15 +33,21 @@ GENERATE, QUESTION, PLAIN_TEXT = "generate", "question", "text"
 BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
 MAX_TEXT = 128
 """Longest text of a prompt for an image, in tokens with its first; Show-o's `max_seq_length`."""
+SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+"""In front of CLIP's features; 28 tokens of Phi-1.5. Other models have no system prompt."""
 LONGEST_SHOWN = 80  # characters of a text in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """The sizes of an image; pixels are normalised to [-1, 1]."""
+    """The sizes of an image in a question; pixels are normalised to [-1, 1], or as CLIP's are."""
 
     side: int  # pixels
-    num_tokens: int  # codes
+    num_tokens: int  # codes or features
+    clip: ClipVisionConfig | None = None  # of the tower that makes the features; None: codes
 
 
 class Processor:
@@ -53,8 +61,11 @@ class Processor:
         *,
         bucket_size: int = BUCKET,
         max_text: int = MAX_TEXT,
+        refusal: str | None = None,
     ):
         """Opens the tokenizer of a folder; `special` are the ids of a network.
+
+        `refusal` says why the model answers no questions; None: it does.
 
         Raises:
             InputError: unreadable tokenizer, or one of another network.
@@ -63,6 +74,7 @@ class Processor:
         self.image = image
         self.bucket_size = bucket_size
         self.max_text = max_text
+        self.refusal = refusal
         self.num_cut = 0  # prompts that were too long
 
     # By the network's sizes, because a tokenizer file may lack the control tokens.
@@ -94,14 +106,34 @@ class Processor:
             self._count_cut(prompt)
         return [*ids, self.special.eos]
 
-    def mm2t_ids(self, question: str, system_prompt: str = "", *, lead: str = "\n") -> list[int]:
-        """Returns a question with the mask token at the places of its image's codes, unpadded."""
+    def mm2t_ids(
+        self, question: str, system_prompt: str = "", *, lead: str | None = None
+    ) -> list[int]:
+        """Returns a question with the mask token at the places of its image, unpadded.
+
+        `lead` stands before the question; None: as in the original.
+
+        Raises: InputError if the model answers no questions.
+        """
+        if self.refusal:
+            raise InputError(self.refusal)
+        if self.image.clip is not None:
+            return self._ask_about_features(question, system_prompt, lead or "")
         special = self.special
+        lead = "\n" if lead is None else lead
         # Without an end token: the answer follows. The original never cuts a question.
         system = f"{system_prompt.strip()} " if system_prompt.strip() else ""
         text = self._tokenize_text(f"{system}USER: {lead}{question} ASSISTANT:")
         image = [special.soi, *[special.mask] * self.image.num_tokens, special.eoi]
         return [special.mmu, *image, *text]
+
+    def _ask_about_features(self, question: str, system_prompt: str, lead: str) -> list[int]:
+        special = self.special
+        # Unlike the other form: the system prompt before the image, no start token, no line break.
+        system = self._tokenize(system_prompt.strip() or SYSTEM_PROMPT)
+        image = [special.soi, *[special.mask] * self.image.num_tokens, special.eoi]
+        text = self._tokenize(f"USER: {lead}{question} ASSISTANT:")
+        return [special.mmu, *system, *image, *text]
 
     def answer_ids(self, text: str) -> list[int]:
         """Returns the ids of a completion, without an end token."""
@@ -151,8 +183,7 @@ class Processor:
         assert prompt == QUESTION, prompt
         if (count := columns.get("num_images", 1)) != 1:
             raise InputError(f"question: found {count} images; a Show-o reads exactly one")
-        lead = columns.get("lead", "\n")
-        return self.mm2t_ids(columns["qa_problem"], system_prompt, lead=lead)
+        return self.mm2t_ids(columns["qa_problem"], system_prompt, lead=columns.get("lead"))
 
     def encode(
         self,
@@ -167,7 +198,9 @@ class Processor:
             return encoded
         assert images is not None, "a question is about an image"
         singles = [x if isinstance(x, Image.Image) else _take_only_image(x) for x in images]
-        pixels = np.stack([preprocess_image(image, self.image.side) for image in singles])
+        cut_down = self.image.clip is not None
+        squares = [cut_square(x.convert("RGB"), self.image.side, cut_down) for x in singles]
+        pixels = normalise_pixels(np.stack(squares), self.image)
         return dataclasses.replace(encoded, pixel_values=pixels)
 
     def pad(self, ids: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts:
@@ -194,24 +227,35 @@ def _take_only_image(images: Sequence[Image.Image]) -> Image.Image:
     return images[0]
 
 
-def preprocess_image(image: Image.Image, side: int) -> np.ndarray:
-    """Returns the centre of an image as float32 [side, side, 3] in [-1, 1].
+def preprocess_image(image: Image.Image, settings: ImageSettings) -> np.ndarray:
+    """Returns the normalised centre of an image, float32 [side, side, 3]."""
+    cut_down = settings.clip is not None
+    return normalise_pixels(cut_square(image.convert("RGB"), settings.side, cut_down), settings)
 
-    The short side is resized to `side` by Pillow's bicubic filter.
-    Source: torchvision's Resize and CenterCrop on a PIL image, as Show-o's `image_transform`.
+
+def cut_square(image: Image.Image, side: int, cut_down: bool = False) -> np.ndarray:
+    """Returns the levels of the centre of an image, [side, side] or [side, side, channels].
+
+    The short side is resized to `side` by Pillow's bicubic filter. `cut_down` rounds the place of
+    the centre down, as CLIP's processor does, and not to the nearest even pixel.
+    Source: torchvision's Resize and CenterCrop on a PIL image, as Show-o's `image_transform`;
+    transformers' `CLIPImageProcessor`.
     """
-    image = image.convert("RGB")
     width, height = image.size
     short = min(width, height)
     if short != side:
         # int(), not round(), as torchvision: 100 x 75 -> side 64: 85 x 64
         width, height = (int(side * x / short) for x in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (round((x - side) / 2) for x in image.size)
-    image = image.crop((left, top, left + side, top + side))
-    return normalise_pixels(np.asarray(image))
+    # 3 pixels too many: round(1.5) = 2, and 1
+    left, top = ((x - side) // 2 if cut_down else round((x - side) / 2) for x in image.size)
+    return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-def normalise_pixels(levels: Any) -> Any:
-    """Returns levels 0..255 of numpy or JAX as float32 in [-1, 1], rounded as torchvision does."""
-    return (levels.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+def normalise_pixels(levels: Any, settings: ImageSettings) -> Any:
+    """Returns levels 0..255 of numpy or JAX as normalised float32, rounded as torchvision does."""
+    shares, clip = levels.astype(np.float32) / np.float32(255), settings.clip
+    if clip is None:
+        return (shares - np.float32(0.5)) / np.float32(0.5)
+    mean, std = (np.asarray(x, np.float32) for x in (clip.image_mean, clip.image_std))
+    return (shares - mean) / std

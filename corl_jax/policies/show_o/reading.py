@@ -79,6 +79,35 @@ def compute_image_logits(
     return conditional, cfg_scale * conditional - (cfg_scale - 1) * other[0]
 
 
+def embed_questions(
+    model: ShowO, prompts: EncodedPrompts, special: SpecialTokens
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the embeddings [B, P, D] of questions, and which tokens all others see, [B, P] bool.
+
+    These are marked as if the padding stood behind a prompt. Without pixels the codes of the images
+    must be in the ids.
+    """
+    if model.config.clip is None:
+        ids = fill_codes(model, prompts, special)
+        # mmu, soi, the codes and eoi see each other in both directions.
+        is_seen = jnp.arange(ids.shape[1]) < model.config.num_image_tokens + FRONT
+        return model.embed_text(ids), is_seen[None]
+    ids = jnp.asarray(prompts.input_ids)
+    is_seen = move_padding_last(ids, special)[0] == special.mask
+    return embed_features(model, ids, prompts.pixel_values, special), is_seen
+
+
+def embed_features(
+    model: ShowO, ids: jax.Array, pixel_values: Any, special: SpecialTokens
+) -> jax.Array:
+    """Returns the embeddings [B, P, D] of ids, CLIP's features in the places of the mask token."""
+    features, embeds = model.embed_pixels(jnp.asarray(pixel_values)), model.embed_text(ids)
+    is_image = ids == special.mask
+    order = jnp.clip(jnp.cumsum(is_image, axis=-1) - 1, 0, features.shape[1] - 1)
+    placed = jnp.take_along_axis(features, order[..., None], axis=1)
+    return jnp.where(is_image[..., None], placed.astype(embeds.dtype), embeds)
+
+
 def fill_codes(model: ShowO, prompts: EncodedPrompts, special: SpecialTokens) -> jax.Array:
     """Returns the ids [B, P] of questions with the codes of their images.
 

@@ -27,10 +27,9 @@ from corl_jax.policies.show_o.layout import RULES
 from corl_jax.policies.show_o.logprobs import image_logprobs
 from corl_jax.policies.show_o.network import ShowO, ShowOConfig
 from corl_jax.policies.show_o.reading import (
-    FRONT,
     IMAGE_ORDERS,
     compute_image_logits,
-    fill_codes,
+    embed_questions,
     frame_codes,
     prepare_texts,
     split_image_states,
@@ -140,9 +139,9 @@ image_program = SamplerProgram(_run_image_program, static_argnames=("config", "o
 
 def sample_codes(
     sizes: ShowOConfig, params: Params, prompts: EncodedPrompts, keys: jax.Array,
-    options: SamplingOptions,
+    options: SamplingOptions, known: Known | None = None,
 ) -> tuple[Segment, ...]:  # fmt: skip
-    """Samples `len(keys) / B` images per prompt as codes [N, M].
+    """Samples `len(keys) / B` images per prompt as codes [N, M]; `known` are given codes.
 
     `image_logprobs` names the distribution of the recorded log-probs, of the form that
     `unmasking` names. `cfg_scale` 1 has no unconditional rows.
@@ -153,7 +152,7 @@ def sample_codes(
     # guidance decides the shapes.
     drawn, logprobs, replay = program(
         sizes, params, prompts, keys, jnp.float32(options.cfg_scale),
-        jnp.float32(options.temperature), options=drawing,
+        jnp.float32(options.temperature), known, options=drawing,
     )  # fmt: skip
     return (make_code_segment(drawn.codes, logprobs, replay),)
 
@@ -207,12 +206,11 @@ def _run_text_program(
     model = network.bind(config, gather_over_fsdp(network.cast(params, options.dtype), RULES))
     special, most = options.special, options.max_new_tokens
     rows = Rows(check_group_size(prompts, keys))
-    ids = fill_codes(model, prompts, special)
-    # mmu, soi, the codes and eoi see each other in both directions.
+    embeds, is_seen = embed_questions(model, prompts, special)
+    is_real = jnp.asarray(prompts.input_ids) != special.pad
     decoder, last = read_question_prompts(
-        model.language_model, model.embed_text(ids), ids != special.pad,
-        config.num_image_tokens + FRONT, options.attention,
-    )  # fmt: skip
+        model.language_model, embeds, is_real, is_seen, options.attention
+    )
     greedy_last = rows.group_size if options.greedy_last else 0
     choice = Choice(temperature, options.greedy, options.top_k, options.top_p, greedy_last)
     draw = make_text_draw(model, choice, keys, special.eos)

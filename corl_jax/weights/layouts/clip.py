@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import Problems
-from corl_jax.models.clip import Activation, Clip, ClipConfig, TowerConfig
+from corl_jax.models.clip import Activation, Clip, ClipConfig, ClipVisionConfig, TowerConfig
 from corl_jax.weights.foreign_config import Fields, check_count, check_divisible, check_token_ids
 from corl_jax.weights.kinds import COLUMN, INNER, OUTER, ROW, WHOLE, NetworkKind, Rules
 from corl_jax.weights.storage import read_json
@@ -54,22 +54,23 @@ def _make_open_clip_layer_rows(key: str, path: str) -> list[Row]:
     ]
 
 
+def make_vision_rows(key: str, path: str) -> list[Row]:
+    """Returns the rows of a vision tower in transformers' layout."""
+    return [
+        Row(f"{key}.embeddings.class_embedding", f"{path}/class_embedding"),
+        Row(f"{key}.embeddings.patch_embedding.weight", f"{path}/patch_embedding/kernel", CONV),
+        *embedding(f"{key}.embeddings.position_embedding.weight", f"{path}/position_embedding"),
+        # Spelt so in transformers.
+        *norm(f"{key}.pre_layrnorm", f"{path}/pre_layernorm"),
+        *_make_transformers_layer_rows(key, path),
+        *norm(f"{key}.post_layernorm", f"{path}/post_layernorm"),
+    ]
+
+
 _TRANSFORMERS = Table(
     name="transformers",
     rows=(
-        Row("vision_model.embeddings.class_embedding", "vision_model/class_embedding"),
-        Row(
-            "vision_model.embeddings.patch_embedding.weight",
-            "vision_model/patch_embedding/kernel",
-            CONV,
-        ),
-        *embedding(
-            "vision_model.embeddings.position_embedding.weight", "vision_model/position_embedding"
-        ),
-        # Spelt so in transformers.
-        *norm("vision_model.pre_layrnorm", "vision_model/pre_layernorm"),
-        *_make_transformers_layer_rows("vision_model", "vision_model"),
-        *norm("vision_model.post_layernorm", "vision_model/post_layernorm"),
+        *make_vision_rows("vision_model", "vision_model"),
         *dense("visual_projection", "visual_projection", bias=False),
         *embedding("text_model.embeddings.token_embedding.weight", "text_model/token_embedding"),
         *embedding(
@@ -108,6 +109,7 @@ TABLES: dict[str, Table] = {"transformers": _TRANSFORMERS, "open_clip": _OPEN_CL
 
 
 ACTIVATIONS: tuple[Activation, ...] = ("quick_gelu", "gelu")  # the first is transformers' default
+VISION_TYPE = "clip_vision_model"
 LEGACY_EOS = 2  # in old configs, although the tokenizer's end token is another
 OPEN_CLIP_FILE = "open_clip_config.json"
 BICUBIC = 3  # PIL's number
@@ -188,6 +190,59 @@ def _parse_transformers(file: Path, problems: Problems) -> ClipConfig:
         image_mean=mean,
         image_std=std,
     )
+
+
+def parse_vision(folder: Path, problems: Problems) -> ClipVisionConfig:
+    """Returns the sizes of the vision tower in a folder of transformers, and the normalisation.
+
+    The folder holds a whole CLIP, or its vision tower alone.
+    Raises: InputError for a file that cannot be read.
+    """
+    file = folder / "config.json"
+    top = Fields(str(file), read_json(file), problems)
+    top.expect("model_type", ("clip", VISION_TYPE), "the tower of a CLIP is read")
+    is_whole = top.data.get("model_type") != VISION_TYPE
+    vision = _read_tower_fields(top, "vision_config") if is_whole else top
+    vision.expect("num_channels", (3,), "images are RGB")
+    mean, std = _read_processor_norm(folder, problems)
+    return ClipVisionConfig(
+        vision=_parse_transformers_tower(vision, TowerConfig(768, 3072, 12, 12)),
+        image_size=vision.size("image_size", 224),
+        patch_size=vision.size("patch_size", 32),
+        image_mean=mean,
+        image_std=std,
+    )
+
+
+def check_vision(config: ClipVisionConfig, where: str) -> list[str]:
+    """Lists sizes of a vision tower that do not fit each other."""
+    tower = config.vision
+    return check_divisible(
+        where,
+        ("image_size", config.image_size, "patch_size", config.patch_size),
+        ("hidden_size", tower.hidden_size, "num_heads", tower.num_heads),
+    )
+
+
+def make_vision_files(config: ClipVisionConfig) -> dict[str, dict[str, Any]]:
+    """Returns name -> JSON of the files with which transformers reads a vision tower alone."""
+    tower, size = config.vision, config.image_size
+    return {
+        "config.json": {
+            "architectures": ["CLIPVisionModel"], "attention_dropout": 0.0,
+            "hidden_act": tower.activation, "hidden_size": tower.hidden_size, "image_size": size,
+            "intermediate_size": tower.intermediate_size, "layer_norm_eps": tower.layer_norm_eps,
+            "model_type": VISION_TYPE, "num_attention_heads": tower.num_heads, "num_channels": 3,
+            "num_hidden_layers": tower.num_layers, "patch_size": config.patch_size,
+        },
+        "preprocessor_config.json": {
+            "crop_size": {"height": size, "width": size}, "do_center_crop": True,
+            "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+            "image_mean": list(config.image_mean), "image_processor_type": "CLIPImageProcessor",
+            "image_std": list(config.image_std), "resample": BICUBIC,
+            "rescale_factor": 1 / 255, "size": {"shortest_edge": size},
+        },
+    }  # fmt: skip
 
 
 def _read_tower_fields(top: Fields, name: str) -> Fields:

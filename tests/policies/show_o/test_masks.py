@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from corl_jax.policies.show_o.masks import (
+from corl_jax.policies.show_o.tokens import SpecialTokens
+from tests.support.show_o_masks import (
     make_generation_mask,
     make_question_mask,
     make_text_mask,
 )
-from corl_jax.policies.show_o.tokens import SpecialTokens
 
 SPECIAL = SpecialTokens(eos=0, pad=1, soi=2, eoi=3, t2i=4, mmu=5, first_code=20, mask=28)
 SOI, EOI, PAD = SPECIAL.soi, SPECIAL.eoi, SPECIAL.pad

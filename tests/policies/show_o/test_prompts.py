@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from corl_jax.errors import InputError
-from corl_jax.policies.show_o.prompts import Processor, preprocess_image
+from corl_jax.policies.show_o.prompts import ImageSettings, Processor, preprocess_image
 from corl_jax.policies.show_o.tokens import CONTROLS, END, PAD, SpecialTokens, make_special_tokens
 from tests.support import tiny_show_o
 from tests.support.tiny_models import tiny_image
@@ -131,7 +131,7 @@ def test_decoding_leaves_out_control_tokens_and_codes(processor):
 @pytest.mark.parametrize("size", [(64, 64), (100, 75), (75, 101), (32, 64), (641, 90)])
 def test_the_short_side_is_resized_and_the_centre_kept(size):
     image = tiny_image(0, size)
-    pixels = preprocess_image(image, 64)
+    pixels = preprocess_image(image, ImageSettings(64, 16))
     short = min(size)
     width, height = (int(64 * x / short) for x in size)
     resized = image if short == 64 else image.resize((width, height), Image.Resampling.BICUBIC)

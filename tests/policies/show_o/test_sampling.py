@@ -26,7 +26,6 @@ from corl_jax.policies.show_o.hiding import (
 )
 from corl_jax.policies.show_o.layout import RULES
 from corl_jax.policies.show_o.logprobs import score_answers, score_codes
-from corl_jax.policies.show_o.masks import make_generation_mask, make_question_mask
 from corl_jax.policies.show_o.own_images import (
     choose_code_vectors,
     sample_own_answers,
@@ -37,6 +36,7 @@ from corl_jax.policies.show_o.unmasking import GIVEN, list_masked_counts, list_t
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.types import EncodedPrompts, Segment
 from tests.support import tiny_show_o
+from tests.support.show_o_masks import make_generation_mask, make_question_mask
 
 SPECIAL, CONFIG = tiny_show_o.SPECIAL, tiny_show_o.CONFIG
 PLACES, K = CONFIG.num_image_tokens, CONFIG.num_codes

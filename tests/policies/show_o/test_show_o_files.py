@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from corl_jax.convert.describe import describe
 from corl_jax.errors import InputError
 from corl_jax.params import flatten
+from corl_jax.policies import find_family, inspect_policy
 from corl_jax.policies.show_o import network
 from corl_jax.policies.show_o.checkpoint import KIND, find_tokenizer
 from corl_jax.policies.show_o.checkpoint.sizes import write_config
@@ -168,10 +169,11 @@ def add_projector(folder, inner=2048) -> None:
     change(folder / "config.json", w_clip_vit=True)
 
 
-def test_a_projector_is_kept_and_its_lack_of_use_is_said(copy, tmp_path):
+def test_a_projector_is_kept_and_the_lack_of_its_tower_is_said(copy, tmp_path):
     add_projector(copy)
     notes = convert(copy, tmp_path / "jax", KIND)
-    assert len(notes) == 1 and "learned to answer from CLIP's features" in notes[0]
+    assert len(notes) == 1 and "draws images but answers no questions" in notes[0]
+    assert "hf download openai/clip-vit-large-patch14-336 config.json" in notes[0]
     convert(tmp_path / "jax", tmp_path / "back", KIND, layout="original")
     first, second = (
         load_file(folder / "pytorch_model.safetensors") for folder in (copy, tmp_path / "back")
@@ -230,6 +232,23 @@ def test_the_hash_of_a_model_is_of_all_its_parts(copy, tmp_path):
     assert hash_weights(copy, KIND) != first
     convert(copy, tmp_path / "jax", KIND)
     assert hash_weights(tmp_path / "jax", KIND) == hash_weights(tmp_path / "jax")
+
+
+def test_a_folder_that_does_not_say_its_class_is_known_by_its_tensors(copy, original):
+    data = json.loads((copy / "config.json").read_text())
+    del data["_class_name"]
+    write_json(copy / "config.json", data)
+    assert inspect_policy(copy).sizes == inspect_policy(original).sizes
+    (copy / "config.json").unlink()
+    with pytest.raises(InputError) as error:
+        inspect_policy(copy)
+    assert "copy config.json from the Show-o that the weights come from" in str(error.value)
+    # What a file states goes before names, and a folder without weights says nothing.
+    write_json(copy / "config.json", {"model_type": "multi_modality"})
+    assert find_family(copy).name == "janus"
+    (copy / "config.json").unlink()
+    (copy / "pytorch_model.safetensors").unlink()
+    assert find_family(copy).name == "janus"
 
 
 def test_names_without_their_prefix_are_explained(copy):

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from corl_jax import generate
+from corl_jax.config import files as config_files
 from corl_jax.plan import __main__ as plan
 from corl_jax.policies import load_policy
 from corl_jax.train import __main__ as command
+from corl_jax.weights.checkpoint import detect_layout
 from tests.support import tiny_runs, tiny_show_o
 
 DIFFERENCE = "sampling/sampling_logp_difference/max"
@@ -41,16 +43,29 @@ def test_both_tasks_with_several_updates_and_micro_batches(model, rows, tmp_path
         model, rows, tmp_path / "run", train={"micro_batch": 2},
         algorithm={"num_iterations": 2, "kl_coef": 0.1},
         rollout={"cfg_scale": 3.0}, unmasking={"steps": 3}, checkpoint={"every": 1},
+        export={"layout": "auto"},
     )  # fmt: skip
     for line in lines[:2]:
         # The sampler scores its images as the update does, and hides the same codes.
         assert 0 <= line[f"t2i/{DIFFERENCE}"] < 1e-4 and line[f"mm2t/{DIFFERENCE}"] < 1e-4
     assert lines[1]["t2i/kl"] > 0, "the policy has moved away from the reference"
-    exported = load_policy(tmp_path / "run" / "export")
+    folder = tmp_path / "run" / "export"
+    exported = load_policy(folder)
     assert exported.family.name == "show_o"
+    # The family's usual layout, by its name.
+    assert detect_layout(folder, exported.family.kind) == "original"
+    assert config_files.load(tmp_path / "run/config.yaml").export.layout == "original"
     start = load_policy(model)
     head = np.asarray(start.params["lm_head"]["kernel"])
     assert (np.asarray(exported.params["lm_head"]["kernel"]) != head).any()
+
+
+def test_adapters_of_a_show_o_are_exported_merged(model, rows, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(model, rows, tmp_path / "run", "--check", lora={"rank": 2},
+            export={"layout": "auto", "lora": "adapter"})  # fmt: skip
+    said = capsys.readouterr().err
+    assert "export.lora: adapter, but a show_o is exported in the layout original" in said
 
 
 SHORT = "def short(texts):\n    return [-float(len(text)) for text in texts]\n"

@@ -107,6 +107,7 @@ KIND = NetworkKind(
         write_assets=write_assets,
         # The carried tensors belong to the vision tower, so its sizes are theirs.
         carried_sizes=lambda config: config.siglip,
+        usual_layout="transformers",
     ),
     explain=explain_problems,
     peft=PeftFormat(

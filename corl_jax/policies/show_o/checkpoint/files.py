@@ -3,8 +3,9 @@
     show-o/             config.json, pytorch_model.safetensors     showlab/show-o
         magvitv2/       config.json, pytorch_model.safetensors     showlab/magvitv2
         phi-1_5/        config.json, tokenizer.json, ...           microsoft/phi-1_5
+        clip-vit-large-patch14-336/                                openai/clip-vit-large-patch14-336
 
-Both inner folders may also stand beside the outer one.
+The inner folders may also stand beside the outer one. The last one is for w_clip_vit alone.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError
+from corl_jax.models.clip import ClipVisionConfig
 from corl_jax.models.phi import PhiConfig
+from corl_jax.policies.show_o.checkpoint.show_o_keys import CLIP_FOLDER, CLIP_HUB_ID
 from corl_jax.policies.show_o.network import ShowOConfig
 from corl_jax.weights.folders import read_unmarked
 from corl_jax.weights.kinds import Assets
+from corl_jax.weights.layouts.clip import make_vision_files
 from corl_jax.weights.parts import describe_missing, find_companion
 from corl_jax.weights.shards import write_bytes, write_json
 from corl_jax.weights.storage import read_json
@@ -28,6 +32,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt",
 )  # fmt: skip
+CLIP_FILES = ("config.json", "preprocessor_config.json", "pytorch_model.bin")
 GENERATION_FILE = "generation_config.json"
 VERSION = "0.30.1"
 """Version of diffusers that the published files name."""
@@ -36,6 +41,16 @@ VERSION = "0.30.1"
 def find_phi(folder: Path) -> Path | None:
     """Returns the folder with the files of microsoft/phi-1_5, inside of a model's or beside it."""
     return find_companion(folder, PHI)
+
+
+def find_clip(folder: Path) -> Path | None:
+    """Returns the folder with the vision tower, inside of a model's or beside it."""
+    return find_companion(folder, CLIP_FOLDER)
+
+
+def describe_missing_tower(folder: Path) -> str:
+    """Describes a vision tower that is missing, with the command that downloads it."""
+    return describe_missing(folder / CLIP_FOLDER, CLIP_HUB_ID, CLIP_FILES)
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -70,10 +85,10 @@ def note_assumptions(folder: Path, config: ShowOConfig) -> list[str]:
             f"{file}: does not state num_vq_tokens; an image is taken to have "
             f"{config.num_vq_tokens} codes, as in the original code"
         )
-    if config.w_clip_vit:
+    if config.w_clip_vit and config.clip is None:
         notes.append(
-            f"{folder}: learned to answer from CLIP's features, which are not implemented; "
-            "questions read the codes of an image, so take a Show-o without w_clip_vit for answers"
+            f"{folder}: answers from CLIP's features, and has no vision tower, so it draws images "
+            f"but answers no questions; {describe_missing_tower(folder)}"
         )
     return notes
 
@@ -81,9 +96,11 @@ def note_assumptions(folder: Path, config: ShowOConfig) -> list[str]:
 def write_assets(
     folder: Path, layout: str, config: ShowOConfig, source: Assets | None, stated: Mapping[str, Any]
 ) -> list[str]:
-    """Writes the folders phi-1_5 and magvitv2 without weights; returns notes for the user."""
+    """Writes the small files of the inner folders; returns notes for the user."""
     origin = source.folder if source else None
     _write_magvit_config(folder, origin)
+    if config.clip is not None:
+        _write_clip_files(folder, config.clip, origin)
     notes = note_assumptions(origin, config) if origin else []
     notes += _write_phi(folder, config.phi, origin)
     if stated or (origin and (origin / GENERATION_FILE).is_file()):
@@ -101,6 +118,16 @@ def _write_magvit_config(folder: Path, origin: Path | None) -> None:
     else:
         new = {"_class_name": "MAGViTv2", "_diffusers_version": VERSION}
         write_json(folder / MAGVIT / "config.json", new)
+
+
+def _write_clip_files(folder: Path, clip: ClipVisionConfig, origin: Path | None) -> None:
+    place = find_clip(origin) if origin else None
+    (folder / CLIP_FOLDER).mkdir(exist_ok=True)
+    for name, made in make_vision_files(clip).items():
+        if place and (place / name).is_file():
+            write_bytes(folder / CLIP_FOLDER / name, read_unmarked(place / name))
+        else:
+            write_json(folder / CLIP_FOLDER / name, made)
 
 
 def _write_phi(folder: Path, phi: PhiConfig, origin: Path | None) -> list[str]:

@@ -11,14 +11,26 @@ from corl_jax.models.magvit import make_codebook
 from corl_jax.policies.show_o.network import ShowOConfig
 from corl_jax.weights.autoencoder_rows import make_vq_half_rows
 from corl_jax.weights.kinds import WeightsPart
+from corl_jax.weights.layouts.clip import make_vision_rows
 from corl_jax.weights.table import Row, Table
 from corl_jax.weights.table_rows import conv, dense, embedding, norm
 
-MAGVIT = "magvitv2/"
-"""Prefix of the tokenizer's tensors in the table; its file has the names behind it."""
+MAGVIT, CLIP = "magvitv2/", "clip/"
+"""Prefixes of the tokenizer's and the vision tower's tensors in the table; their files have the
+names behind it."""
+CLIP_FOLDER, CLIP_HUB_ID = "clip-vit-large-patch14-336", "openai/clip-vit-large-patch14-336"
 PARTS = (
     WeightsPart("", "pytorch_model", "", "showlab/show-o"),
     WeightsPart("magvitv2", "pytorch_model", MAGVIT, "showlab/magvitv2"),
+    WeightsPart(
+        CLIP_FOLDER,
+        "model",
+        CLIP,
+        CLIP_HUB_ID,
+        only_with="mm_projector.0.weight",
+        # Versions of transformers differ in it where they write a tower alone.
+        inner_prefix="vision_model.",
+    ),
 )
 _LAYER, _LEAF = "showo.model.layers.{layer}", "language_model/layers"
 _MID = ("block_1", "attn_1", "block_2")
@@ -64,8 +76,18 @@ def _make_magvit_rows() -> list[Row]:
 
 TABLE = Table(
     name="original",
-    rows=(*_make_phi_rows(), *_make_magvit_rows()),
-    dropped=(rf"{MAGVIT}quantize\.(embedding|power_vals)", r".*\.rotary_emb\.inv_freq"),
+    rows=(
+        *_make_phi_rows(),
+        *_make_magvit_rows(),
+        *make_vision_rows(f"{CLIP}vision_model", "vision_tower"),
+    ),
+    dropped=(
+        rf"{MAGVIT}quantize\.(embedding|power_vals)",
+        r".*\.rotary_emb\.inv_freq",
+        # The folder of the tower may hold a whole CLIP.
+        rf"{CLIP}(text_model\..*|(visual|text)_projection\.weight|logit_scale)",
+        rf"{CLIP}vision_model\.embeddings\.position_ids",
+    ),
 )
 
 

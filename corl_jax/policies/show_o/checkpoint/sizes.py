@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError, Problems
+from corl_jax.models.clip import ClipVisionConfig
 from corl_jax.models.magvit import MagvitConfig
 from corl_jax.models.phi import PhiConfig
-from corl_jax.policies.show_o.checkpoint.files import PHI_HUB_ID, VERSION, find_phi
-from corl_jax.policies.show_o.checkpoint.show_o_keys import MAGVIT
+from corl_jax.policies.show_o.checkpoint.files import PHI_HUB_ID, VERSION, find_clip, find_phi
+from corl_jax.policies.show_o.checkpoint.show_o_keys import CLIP, MAGVIT
 from corl_jax.policies.show_o.network import NUM_NEW_TOKENS, ShowOConfig
 from corl_jax.weights.foreign_config import Fields, check_count, check_divisible
+from corl_jax.weights.layouts.clip import check_vision, parse_vision
 from corl_jax.weights.own_config import MAX_LAYERS
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.table import Shape
@@ -67,6 +69,7 @@ def parse(
         w_clip_vit=bool(w_clip_vit),
         clip_width=_get_size(shapes, "mm_projector.0.weight", 1, ShowOConfig.clip_width),
         projector_width=_get_size(shapes, "mm_projector.0.weight", 0, ShowOConfig.projector_width),
+        clip=_read_clip(folder, shapes, problems),
     )
 
 
@@ -99,8 +102,28 @@ def check(config: ShowOConfig, where: str) -> list[str]:
         ("phi.num_heads", phi.num_heads, "phi.num_kv_heads", phi.num_kv_heads),
         *(("magvit's channels", width, *groups) for width in dict.fromkeys(channels)),
     )
+    if config.clip is not None:
+        problems += _check_clip(config, config.clip, where)
     if magvit.z_channels > 20:
         problems.append(f"{where}: z_channels is {magvit.z_channels}, expected at most 20 bits")
+    return problems
+
+
+def _check_clip(config: ShowOConfig, clip: ClipVisionConfig, where: str) -> list[str]:
+    """Lists sizes of the vision tower and its projector that do not fit each other."""
+    problems = check_vision(clip, f"{where}.clip")
+    pairs = (
+        ("channels of the tower's features", clip.vision.hidden_size, config.clip_width),
+        ("channels of the embeddings", config.phi.hidden_size, config.projector_width),
+    )
+    problems += [
+        f"{where}: found {size} {name}, and a projector mm_projector for {expected}; put the "
+        "folder there that belongs to this Show-o"
+        for name, size, expected in pairs
+        if size != expected
+    ]
+    if not config.w_clip_vit:
+        problems.append(f"{where}: has a vision tower, but w_clip_vit is false; set it to true")
     return problems
 
 
@@ -130,6 +153,16 @@ def write_config(
         "vocab_size": config.vocab_size,
         "w_clip_vit": config.w_clip_vit,
     }
+
+
+def _read_clip(
+    folder: Path, shapes: Mapping[str, Shape], problems: Problems
+) -> ClipVisionConfig | None:
+    """Returns the sizes of the vision tower; None if its tensors are not among `shapes`."""
+    place = find_clip(folder)
+    if place is None or not any(key.startswith(CLIP) for key in shapes):
+        return None
+    return parse_vision(place, problems)
 
 
 def _infer_phi(shapes: Mapping[str, Shape]) -> PhiConfig:
