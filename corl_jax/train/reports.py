@@ -292,6 +292,9 @@ def make_evaluation_inputs(
         special=run.processor.special, cfg_scale=config.rollout.cfg_scale, dtype=run.dtype,
         temperature=config.rollout.temperature, max_new_tokens=config.rollout.max_new_tokens,
         image=run.processor.image,
+        denoising=choose_eval_denoising(
+            config.denoising, run.family.limits(run.sizes).latent_tokens
+        ),
     )  # fmt: skip
     return EvaluationInputs(
         policy=Policy(run.family, run.sizes, params, run.processor, run.dtype),
