@@ -47,7 +47,8 @@ class ImageKeywords(SamplingKeywords, total=False):
     """Options of images. The last three are of plans."""
 
     cfg_scale: float | None  # scale of guidance; 1: no guidance
-    image_steps: int | None  # steps of a model that draws codes in any order; None: as usual
+    # steps of a model that draws codes in any order or makes images by denoising; None: as usual
+    image_steps: int | None
     inpaint: ImageSource | None  # an image of which a part is drawn anew
     mask: ImageSource | None  # of its size, white where it is drawn anew
     think: bool  # write a plan before each image, which is then its `info["plan"]`; False

@@ -250,7 +250,7 @@ def choose_image_sampling(
     model: PolicyFiles, dtype: Any, options: argparse.Namespace
 ) -> SamplingOptions:
     """Returns the sampler's options of images; the options must be complete."""
-    from corl_jax.policies.family import SamplingOptions, Unmasking
+    from corl_jax.policies.family import Denoising, SamplingOptions, Unmasking
 
     return SamplingOptions(
         special=model.processor.special, cfg_scale=options.cfg_scale, greedy=options.greedy,
@@ -259,6 +259,7 @@ def choose_image_sampling(
         top_k=options.top_k or 0, top_p=options.top_p or 1.0,
         max_new_tokens=options.max_new_tokens or 1,
         unmasking=Unmasking(options.image_steps, "none"),
+        denoising=Denoising(options.image_steps or Denoising.steps),
     )  # fmt: skip
 
 

@@ -14,7 +14,10 @@ DEFAULTS: dict[str, Any] = {
     "cfg_scale": 5.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 512,
     "instruction": "none",
 }  # fmt: skip
-"""Values for options that neither the command line nor generation_config.json states."""
+"""Values for options that neither the command line nor generation_config.json states.
+
+A family may have others, see `policies.family.Family.defaults`.
+"""
 LARGEST = sys.float_info.max
 HARMLESS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # values that change no distribution
 
@@ -52,16 +55,19 @@ def complete_options(args: argparse.Namespace, names: Sequence[str]) -> list[str
     `args.sampling` becomes a text with each value and its source. `args.not_applied` becomes the
     list of settings of the file that have no effect.
     """
+    from corl_jax.policies import find_family
     from corl_jax.policies.generation_config import NOTHING_STATED, read_generation
     from corl_jax.weights.hub import resolve_model_dir
 
-    problems, stated = [], NOTHING_STATED
+    problems, stated, defaults = [], NOTHING_STATED, DEFAULTS
     try:
         folder = resolve_model_dir(args.model)
     except InputError:
         folder = None  # the function that loads the model reports it
     try:
-        stated = read_generation(folder) if folder else stated
+        if folder:
+            defaults = DEFAULTS | find_family(folder).defaults
+            stated = read_generation(folder)
     except InputError as error:
         problems = error.problems
     if args.greedy is None:
@@ -76,7 +82,7 @@ def complete_options(args: argparse.Namespace, names: Sequence[str]) -> list[str
         sources = {
             "given": getattr(args, name),
             "checkpoint": getattr(stated, key),
-            "default": DEFAULTS[name],
+            "default": defaults[name],
         }
         # The first source with a value wins: a dict keeps its order.
         source, value = next((s, v) for s, v in sources.items() if v is not None)

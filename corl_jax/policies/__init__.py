@@ -13,6 +13,7 @@ from corl_jax.devices.mesh import param_shardings
 from corl_jax.errors import InputError, Problems
 from corl_jax.policies.family import Family
 from corl_jax.policies.janus.family import FAMILY as JANUS
+from corl_jax.policies.janus_flow.family import FAMILY as JANUS_FLOW
 from corl_jax.policies.show_o.family import FAMILY as SHOW_O
 from corl_jax.types import Params, Sizes
 from corl_jax.weights.checkpoint import load_config, load_params, load_sharded, open_checkpoint
@@ -25,7 +26,7 @@ from corl_jax.weights.recognise import (
 )
 from corl_jax.weights.storage import read_json
 
-FAMILIES: dict[str, Family] = {"janus": JANUS, "show_o": SHOW_O}
+FAMILIES: dict[str, Family] = {"janus": JANUS, "show_o": SHOW_O, "janus_flow": JANUS_FLOW}
 """Every kind of unified model that can be trained, by name."""
 
 

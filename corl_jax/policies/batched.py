@@ -25,7 +25,6 @@ from corl_jax.policies.choices import row_keys
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.turns import bind_sampler, decode_segment, list_tokens, sample_turn
 from corl_jax.tasks import (
-    CODES,
     IMAGE_GENERATION,
     IMAGE_UNDERSTANDING,
     PLANNED_GENERATION,
@@ -216,19 +215,20 @@ def sample_rows(
         tokens = list_tokens(segments[-1])[: len(rows)]
     if segments[-1].kind == TEXT:
         return [Sample(r.prompt, r.number, x) for r, x in zip(rows, tokens, strict=True)]
-    pixels = _decode_requests(model, rows, to_host_rows(segments[-1].values))
+    pixels = _decode_requests(model, rows, segments[-1])
     plans = [list_tokens(plan)[: len(rows)] for plan in segments[:-1]]
     results = zip(rows, tokens, pixels, *plans, strict=True)
     return [Sample(row.prompt, row.number, *x) for row, *x in results]
 
 
-def _decode_requests(model: Model, rows: Sequence[Row], values: np.ndarray) -> Iterator[np.ndarray]:
+def _decode_requests(model: Model, rows: Sequence[Row], drawn: Segment) -> Iterator[np.ndarray]:
     """Yields the image of each row; rows that follow each other with one prompt are a request."""
     # In the shapes in which the request alone is decoded: rounding in another shape changes about
     # one value of a pixel in 40,000 by 1, so that images would depend on who else asked.
+    kind, values = drawn.kind, to_host_rows(drawn.values)
     for _, members in itertools.groupby(range(len(rows)), key=lambda i: id(rows[i].encoded)):
         places = list(members)
-        segment = Segment(CODES, values[places], np.ones(values[places].shape, bool))
+        segment = Segment(kind, values[places], np.ones(len(places), bool))
         with jax.set_mesh(_choose_mesh(len(places))):
             yield from decode_segment(
                 model.family, model.sizes, model.params, model.processor, segment

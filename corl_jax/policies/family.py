@@ -320,6 +320,9 @@ class Family:
     prompts: tuple[str, ...] = ("generate", "question")  # kinds that the processor encodes
     denoises: bool = False  # images are made by denoising: their segments are of latents
     undecayed: tuple[str, ...] = ()  # regexes of the parameters without weight decay
+    # Sampling options of commands that neither the user nor the checkpoint states, where they are
+    # not those of `sampling_options.DEFAULTS`.
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # Optional parts; without them the program refuses the options that need them.
     adapters: Adapters | None = None
     hidden_states: HiddenStates | None = None

@@ -15,7 +15,7 @@ import numpy as np
 from corl_jax.devices.batches import pad_rows, to_host_rows
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.family import Family, Processor, Sample, SamplingOptions
-from corl_jax.tasks import TEXT
+from corl_jax.tasks import LATENTS, TEXT
 from corl_jax.types import EncodedPrompts, Params, Rollout, Segment, Sizes
 
 Sampler = Callable[[Params, EncodedPrompts, jax.Array], tuple[Segment, ...]]
@@ -75,7 +75,9 @@ def decode_segment(
 
 
 def list_tokens(segment: Segment) -> list[np.ndarray]:
-    """Returns this process's choices that count, row by row."""
+    """Returns this process's choices that count, row by row; those of latents are no tokens."""
+    if segment.kind == LATENTS:
+        return [np.empty(0, np.int32)] * len(to_host_rows(segment.mask))
     # values [5, 8, pad], mask [T, T, F] -> [5, 8]
     values, mask = to_host_rows(segment.values), to_host_rows(segment.mask)
     return [row[counts] for row, counts in zip(values, mask, strict=True)]

@@ -26,7 +26,7 @@ from corl_jax.tasks import CODES, TASKS
 from corl_jax.train import attending
 from corl_jax.train.kl_penalty import KlPenalty
 from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
-from corl_jax.train.recipe_options import choose_window
+from corl_jax.train.recipe_options import choose_eval_denoising, choose_window
 from corl_jax.train.reference import (
     MovingReference,
     copy_reference,
@@ -270,7 +270,7 @@ def choose_denoising(plan: RunOutline, *, evaluates: bool = False) -> Denoising:
     """
     options, tokens = plan.config.denoising, plan.limits.latent_tokens
     if evaluates or not plan.stage.compares:
-        return Denoising(options.eval_steps, options.schedule, options.shift, num_tokens=tokens)
+        return choose_eval_denoising(options, tokens)
     return Denoising(
         options.steps, options.schedule, options.shift,
         Sde(options.dynamics, options.noise_level),

@@ -11,6 +11,7 @@ from corl_jax.algorithms.recipes import RECIPES, Recipe
 from corl_jax.config.checks import list_changes
 from corl_jax.config.denoising import Denoising
 from corl_jax.config.schema import Algorithm, Config
+from corl_jax.policies.family import Denoising as SamplerDenoising
 from corl_jax.policies.family import Family
 from corl_jax.tasks import TASKS, TEXT, choose_tasks
 
@@ -177,6 +178,13 @@ def find_denoising_problems(config: Config, family: Family) -> list[str]:
     except ValueError as error:
         problems.append(f"denoising: {error}")
     return problems
+
+
+def choose_eval_denoising(options: Denoising, latent_tokens: int | None) -> SamplerDenoising:
+    """Returns how evaluations draw images that are made by denoising: without noise."""
+    return SamplerDenoising(
+        options.eval_steps, options.schedule, options.shift, num_tokens=latent_tokens
+    )
 
 
 def choose_window(options: Denoising) -> Window:

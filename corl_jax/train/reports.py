@@ -24,6 +24,7 @@ from corl_jax.runs.outputs import Outputs, Progress
 from corl_jax.tasks import TASKS, TEXT, choose_tasks_of_step, image_tasks, list_segments
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.evaluations import Evaluation
+from corl_jax.train.recipe_options import choose_eval_denoising
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params, Prompts
@@ -292,6 +293,9 @@ def make_evaluation_inputs(
         special=run.processor.special, cfg_scale=config.rollout.cfg_scale, dtype=run.dtype,
         temperature=config.rollout.temperature, max_new_tokens=config.rollout.max_new_tokens,
         image=run.processor.image,
+        denoising=choose_eval_denoising(
+            config.denoising, run.family.limits(run.sizes).latent_tokens
+        ),
     )  # fmt: skip
     return EvaluationInputs(
         policy=Policy(run.family, run.sizes, params, run.processor, run.dtype),

@@ -1,4 +1,4 @@
-"""Statistics of sampled segments: lengths of texts, repetition of image codes."""
+"""Statistics of sampled segments: lengths of texts, repetition of codes, spread of latents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from corl_jax.tasks import CODES, TEXT, name_segments
+from corl_jax.tasks import CODES, LATENTS, TEXT, name_segments
 from corl_jax.types import Rollout, Segment
 
 
@@ -70,6 +70,18 @@ def measure_group_difference(tokens: jax.Array, group_size: int) -> jax.Array:
     return different.sum() / pairs if pairs else jnp.float32(jnp.nan)
 
 
+def measure_latent_difference(images: jax.Array, group_size: int) -> jax.Array:
+    """Returns the root of the mean squared difference of latents of two rows of a group.
+
+    `images` [N, ...]. The mean is over all pairs; it is NaN with G = 1.
+    """
+    groups = images.reshape(-1, group_size, images[0].size)
+    # The sum over all pairs of rows is 2 G times the sum of the squared distances from the mean.
+    # Groups of 2 with values 0 and 2: mean 1, 1 + 1 = 2, and 2 * 2 * 2 / 2 = 4 = (0 - 2)^2.
+    distances = jnp.square(groups - groups.mean(axis=1, keepdims=True)).sum(axis=1).mean()
+    return jnp.sqrt(2 * distances / (group_size - 1)) if group_size > 1 else jnp.float32(jnp.nan)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RolloutStats:
@@ -96,6 +108,8 @@ def _describe(rollouts: dict[str, Rollout], *, eos: int, group_size: int) -> Rol
         for name, segment in _name_rollout(task, rollout):
             if segment.kind == CODES:
                 metrics |= _describe_codes(name, segment.values, group_size)
+            if segment.kind == LATENTS:
+                metrics |= _describe_latents(name, segment, group_size)
             if segment.kind == TEXT:
                 metrics |= _describe_text(name, segment, eos)
     return RolloutStats(metrics, lengths)
@@ -117,6 +131,15 @@ def _describe_codes(name: str, codes: jax.Array, group_size: int) -> dict[str, j
         f"{name}/distinct_token_fraction": distinct.mean() / codes.shape[1],
         f"{name}/duplicate_fraction": count_duplicates(codes, group_size),
         f"{name}/group_difference": measure_group_difference(codes, group_size),
+    }
+
+
+def _describe_latents(name: str, latents: Segment, group_size: int) -> dict[str, jax.Array]:
+    """Returns the metrics of images that are made by denoising; their choices are its steps."""
+    return {
+        f"{name}/completions/mean_length": latents.mask.sum(axis=-1).mean(dtype=jnp.float32),
+        # The last latents are the image.
+        f"{name}/group_difference": measure_latent_difference(latents.values[:, -1], group_size),
     }
 
 

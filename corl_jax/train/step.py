@@ -42,6 +42,9 @@ RATIOS = RATIO_MIN, RATIO_MEAN, RATIO_MAX, RATIO_SHARES = tuple(
 )
 """Metrics of the ratio of their probabilities; the shares are those of a histogram's bins."""
 
+RATIO_FIRST = "ratio_first"
+"""Metric of the largest |ratio - 1| of the steps of images in the first update."""
+
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 """Metrics as (sum, count), so that micro-batches add up exactly."""
 
@@ -353,10 +356,27 @@ def make_train_step(
             prefix for name, task in batch.items() for prefix in name_segments(name, task.kinds)
         ]
         names = [f"{prefix}/{name}" for prefix in prefixes for name in (*DIFFERENCES, *RATIOS)]
+        metrics |= measure_first_ratios(metrics, batch)
+        names += [f"{prefix}/{RATIO_FIRST}" for prefix in prefixes]
         first = {name: Metric(metrics[name], "first") for name in names if name in metrics}
         return state, to_metrics(metrics | update) | first
 
     return train_step
+
+
+def measure_first_ratios(metrics: dict[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
+    """Returns the largest |ratio - 1| of the steps of images in a batch that has the ratios.
+
+    It is to stay below their narrow clip range: the trainer then computes what the sampler did.
+    """
+    found = {}
+    for name, task in batch.items():
+        for prefix, kind in zip(name_segments(name, task.kinds), task.kinds, strict=True):
+            if kind == LATENTS and f"{prefix}/{RATIO_MAX}" in metrics:
+                largest = metrics[f"{prefix}/{RATIO_MAX}"] - 1
+                smallest = 1 - metrics[f"{prefix}/{RATIO_MIN}"]
+                found[f"{prefix}/{RATIO_FIRST}"] = jnp.maximum(largest, smallest)
+    return found
 
 
 def make_logprob_step(

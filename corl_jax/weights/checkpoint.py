@@ -155,6 +155,8 @@ def open_checkpoint(path: str | Path, kind: NetworkKind, config: Any = None) -> 
             store = join_parts(_add_packaged_tensors(store, kind), kind, folder)
             stored = {key: info.shape for key, info in store.infos.items()}
             config = config or _parse_config(data, folder, kind, layout, stored)
+        elif layout != OWN_LAYOUT:
+            store = join_parts(store, kind, folder)
         open_layout = _open_own if layout == OWN_LAYOUT else _open_foreign
         return open_layout(path, kind, layout, config, store, data)
     except BaseException:  # KeyboardInterrupt too: the store has open files

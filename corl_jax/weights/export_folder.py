@@ -83,7 +83,10 @@ def write_export(folder: Path, export: Export, progress: Progress | None = None)
     notes = _write_assets(folder, export)
     plans, not_finite = check_while_writing(plans)
     if export.kind.parts and export.layout != OWN_LAYOUT:
-        write_parts(folder, export.kind, plans, as_bin=export.as_bin, progress=progress)
+        write_parts(
+            folder, export.kind, plans, max_shard_bytes=export.max_shard_bytes,
+            as_bin=export.as_bin, progress=progress,
+        )  # fmt: skip
     else:
         write_tensors(
             folder,

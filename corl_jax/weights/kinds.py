@@ -88,11 +88,12 @@ class PeftFormat:
 class WeightsPart:
     """One of several files of weights that a kind's foreign layouts have in folders of their own.
 
-    An export writes the file whole, whatever its size.
+    An export writes a named file whole, whatever its size.
     """
 
     folder: str  # inside of the model's folder or beside it; "" is the model's folder
-    stem: str  # of the file that is written, and read before others, such as "model"
+    # of the file that is written, and read before others; None: standard names, also of shards
+    stem: str | None
     prefix: str  # of the names of its tensors in key tables, and not in the file
     hub_id: str  # its published source, for messages
     other_folders: tuple[str, ...] = ()  # names that are read as well

@@ -14,6 +14,7 @@ from corl_jax.weights.shards import (
     count_safetensors_bytes,
     write_bin,
     write_safetensors,
+    write_tensors,
 )
 from corl_jax.weights.storage import JoinedStore, PrefixedStore, Store, open_any_store
 
@@ -59,23 +60,30 @@ def join_parts(store: Store, kind: NetworkKind, folder: Path) -> Store:
 
 
 def write_parts(
-    folder: Path, kind: NetworkKind, plans: Sequence[TensorPlan], *, as_bin: bool,
-    progress: Progress | None,
+    folder: Path, kind: NetworkKind, plans: Sequence[TensorPlan], *, max_shard_bytes: int,
+    as_bin: bool, progress: Progress | None,
 ) -> None:  # fmt: skip
-    """Writes one file for each part of a kind."""
+    """Writes one file for each part of a kind, or shards of a part with standard names."""
     for part, part_plans in split_plans(kind, plans):
         place = folder / part.folder
         place.mkdir(exist_ok=True)
-        if as_bin:
+        if part.stem is None:
+            write_tensors(
+                place, part_plans, max_shard_bytes=max_shard_bytes, as_bin=as_bin,
+                progress=progress,
+            )  # fmt: skip
+        elif as_bin:
             write_bin(place / f"{part.stem}.bin", part_plans, progress)
         else:
             write_safetensors(place / f"{part.stem}.safetensors", part_plans, progress)
 
 
 def count_part_bytes(kind: NetworkKind, plans: Sequence[TensorPlan]) -> dict[str, int]:
-    """Returns {file: bytes} of the safetensors files that `write_parts` would write."""
+    """Returns {file: bytes} of the safetensors files that `write_parts` writes without shards."""
     return {
-        str(Path(part.folder, f"{part.stem}.safetensors")): count_safetensors_bytes(part_plans)
+        str(Path(part.folder, f"{part.stem or 'model'}.safetensors")): count_safetensors_bytes(
+            part_plans
+        )
         for part, part_plans in split_plans(kind, plans)
     }
 

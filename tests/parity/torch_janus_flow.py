@@ -17,10 +17,12 @@ from transformers import LlamaConfig as TorchLlama
 from transformers import LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from corl_jax.models.llama import LlamaConfig
+from corl_jax.models.sd_vae import SdVaeConfig
 from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.uvit import UvitConfig
 from corl_jax.policies.janus_flow.network import JanusFlowConfig
 from tests.parity.torch_janus import LLAMA, params_of, randomise
+from tests.support import tiny_vae
 
 torch.set_num_threads(1)
 
@@ -30,6 +32,8 @@ VISION = {
     "vision_use_head": False,
 }  # fmt: skip
 SIZES = {"channels": 4, "patch": 2, "encoder": 20, "blocks": 2, "decoder": 12, "last_blocks": 3}
+# A patch of 2 latents has 4 pixels, as a patch in a prompt.
+VAE = SdVaeConfig(block_channels=(8, 16), num_res_blocks=1, norm_groups=4)
 RENAMES = (
     (r"^language_model\.lm_head", "lm_head"),
     (r"^language_model\.model\.", "language_model."),
@@ -247,12 +251,14 @@ def jax_config(model: Flow) -> JanusFlowConfig:
             decoder_width=SIZES["decoder"],
             decoder_num_layers=SIZES["last_blocks"],
         ),
+        vae=VAE,
     )
 
 
 def flow_params(model: Flow) -> dict:
-    """The weights as our nested dict of float32 NumPy arrays."""
+    """The weights as our nested dict of float32 NumPy arrays, with a random VAE."""
     params = params_of(model, RENAMES)
     # A parameter of the model itself has no path.
     params.pop("", None)
-    return params | {"begin_embedding": model.beg_of_und_embed.detach().numpy().copy()}
+    begin = model.beg_of_und_embed.detach().numpy().copy()
+    return params | {"begin_embedding": begin, "vae": tiny_vae.make_params(VAE)}

@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from corl_jax.weights.dtypes import BFLOAT16
 from tests.parity import torch_janus_flow
 from tests.parity.torch_janus import LLAMA
-from tests.parity.torch_janus_flow import SIZES, VISION, Flow
+from tests.parity.torch_janus_flow import SIZES, VAE, VISION, Flow
+from tests.support import tiny_vae
 from tests.support.tiny_models import tiny_tokenizer_dir
 
+VAE_CONFIG = tiny_vae.make_config(VAE)
 TOWER = "vision_und_enc_model.vision_tower"
 _TOWER_NAMES = (
     # Versions of transformers differ in this part.
@@ -96,6 +98,11 @@ def original_state(model: Flow) -> dict[str, torch.Tensor]:
     return out
 
 
+def vae_state() -> dict[str, np.ndarray]:
+    """The tensors of the VAE, by diffusers' names."""
+    return tiny_vae.make_state(VAE)
+
+
 def make_model(seed: int = 0) -> Flow:
     """A tiny network whose vocabulary has room for the tiny tokenizer."""
     return torch_janus_flow.tiny_flow(seed, vocab_size=400)
@@ -128,8 +135,9 @@ def save_state(folder: Path, state: dict[str, torch.Tensor], form: str = "safete
 
 
 def original_folder(folder: Path, *, form: str = "safetensors", dtype: Any = torch.float32) -> Path:
-    """Writes a whole tiny JanusFlow in the original layout."""
+    """Writes a whole tiny JanusFlow in the original layout, with its VAE in float32."""
     write_small_files(folder)
+    tiny_vae.write_vae(folder / "vae", vae_state(), **VAE_CONFIG)
     state = {key: tensor.to(dtype) for key, tensor in original_state(make_model()).items()}
     save_state(folder, state, form)
     return folder

@@ -51,7 +51,7 @@ def decode_images(
 def count_decoded(config: JanusConfig) -> int:
     """Returns how many images a device decodes at once."""
     side = math.isqrt(config.num_image_tokens) * config.vq.downsample
-    return count_at_once(side, config.vq.level_channels[0], DECODED_BYTES)
+    return count_at_once(side, config.vq.halves.level_channels[0], DECODED_BYTES)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -82,6 +82,7 @@ FAMILY = Family(
     },
     prompts=PROMPTS,
     denoises=True,
+    defaults={"cfg_scale": 2.0},  # of its own code
     blank_prompts=network.blank_ids,
     decode_images=images.decode_images,
     encode_images=images.encode_images,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,28 +13,33 @@ import jax
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from corl_jax.devices.mesh import find_rule
 from corl_jax.errors import InputError
+from corl_jax.models.sd_vae import SdVaeConfig
 from corl_jax.params import flatten, partition
 from corl_jax.policies.janus.checkpoint import KIND as JANUS
 from corl_jax.policies.janus_flow import layout, network
 from corl_jax.policies.janus_flow.checkpoint import KIND
 from corl_jax.policies.janus_flow.checkpoint.flow_config import SECTIONS, parse, write_config
+from corl_jax.policies.janus_flow.checkpoint.vae_files import write_vae_config
 from corl_jax.weights.checkpoint import load_config, load_params, open_checkpoint
 from corl_jax.weights.export import convert, save_checkpoint
+from corl_jax.weights.layouts.sd_vae import load_vae
 from corl_jax.weights.recognise import recognise_kind
 from corl_jax.weights.storage import read_json
 from tests.parity import torch_janus_flow
-from tests.support import janus_flow_files
+from tests.support import janus_flow_files, tiny_vae
 from tests.support.janus_flow_files import (
+    VAE_CONFIG,
     make_config,
     make_model,
     original_folder,
     original_state,
     save_state,
     to_numpy,
-    write_small_files,
+    vae_state,
 )
 from tests.support.weight_files import (
     assert_same_bits,
@@ -50,7 +56,7 @@ COUNTS = {
     "language_model": 1_442_940_928, "lm_head": 209_715_200, "vision_model": 303_688_704,
     "aligner": 2_099_200, "begin_embedding": 2_048, "generation_encoder": 21_614_336,
     "generation_aligner": 1_574_912, "generation_norm": 2_048,
-    "generation_projection": 1_573_632, "generation_decoder": 50_561_296,
+    "generation_projection": 1_573_632, "generation_decoder": 50_561_296, "vae": 83_653_863,
 }  # fmt: skip
 ATTENTION_POOL = 12_595_200  # in the files, and not in the network
 
@@ -75,6 +81,7 @@ def with_config(folder: Path, change) -> Path:
     data = make_config()
     change(data)
     (folder / "config.json").write_text(json.dumps(data))
+    write_vae_config(folder, torch_janus_flow.VAE, None)
     return folder
 
 
@@ -99,15 +106,17 @@ def test_parameter_counts(abstract):
     assert counts == COUNTS
     published = published_shapes()
     assert len(published) == 587
-    assert sum(map(math.prod, published.values())) == sum(counts.values()) + ATTENTION_POOL
+    assert sum(map(math.prod, published.values())) == 2_046_367_504
+    assert sum(counts.values()) + ATTENTION_POOL == 2_046_367_504 + counts["vae"]
 
 
 def test_the_key_table_has_every_published_tensor(abstract):
     table, published = KIND.tables["original"], published_shapes()
     slots = table.make_slots({path: leaf.shape for path, leaf in abstract.items()})
-    assert table.find_problems(slots, published, "published") == []
+    vae = {f"vae/{key}": shape for key, shape in tiny_vae.list_shapes(SdVaeConfig()).items()}
+    assert table.find_problems(slots, published | vae, "published") == []
     carried = [key for key in published if table.is_carried(key)]
-    assert len({slot.key for slot in slots}) + len(carried) == 587
+    assert len({slot.key for slot in slots}) + len(carried) == 587 + len(vae)
     assert all(".attn_pool." in key for key in carried) and len(carried) == 13
 
 
@@ -116,7 +125,7 @@ def test_every_parameter_has_a_rule_and_most_are_trained(abstract):
         find_rule(path, layout.RULES)
     trained, frozen = partition(network.abstract(network.JanusFlowConfig()), layout.TRAINABLE)
     assert {path.split("/")[0] for path in flatten(frozen)} == {
-        "vision_model", "aligner", "begin_embedding",
+        "vision_model", "aligner", "begin_embedding", "vae",
     }  # fmt: skip
     assert sum(math.prod(x.shape) for x in flatten(trained).values()) == 1_727_982_352
 
@@ -125,6 +134,7 @@ def test_the_published_sizes_survive_a_config(tmp_path):
     config = network.PRESETS["janusflow-1.3b"]
     data = write_config("original", config, "bfloat16", None)
     (tmp_path / "config.json").write_text(json.dumps(data))
+    write_vae_config(tmp_path, config.vae, None)
     assert load_config(tmp_path, KIND) == config
     assert config.latent_shape == (48, 48, 4) and config.num_image_tokens == 576
     for name, section in SECTIONS.items():
@@ -147,7 +157,8 @@ def test_the_loaded_network_computes_what_torch_does(original):
     config, params = load_config(original, KIND), load_params(original, KIND)
     model = make_model()
     assert config == torch_janus_flow.jax_config(model)
-    expected = flatten(torch_janus_flow.flow_params(model))
+    vae = load_vae(original / "vae")[1]
+    expected = flatten(torch_janus_flow.flow_params(model) | {"vae": vae})
     found = flatten(params)
     assert found.keys() == expected.keys()
     for path, leaf in expected.items():
@@ -164,8 +175,10 @@ def test_conversion_there_and_back_keeps_every_bit(tmp_path, form, dtype):
     assert notes == []
     state = {key: tensor.to(dtype) for key, tensor in original_state(make_model()).items()}
     assert_same_bits(read_state(tmp_path / "back"), to_numpy(state))
+    assert_same_bits(load_file(tmp_path / "back" / "vae" / tiny_vae.SAFE), vae_state())
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
-    for name in ("config.json", "tokenizer.json", "processor_config.json"):
+    names = ("config.json", "tokenizer.json", "processor_config.json", "vae/config.json")
+    for name in names:
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
@@ -175,6 +188,8 @@ def test_bin_is_written_too(original, tmp_path):
     expected = original_state(make_model())
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
+    file = tmp_path / "bin" / "vae" / "diffusion_pytorch_model.bin"
+    assert_same_bits(to_numpy(torch.load(file, weights_only=True)), vae_state())
 
 
 def test_an_export_without_a_source_states_all_sizes(original, tmp_path):
@@ -193,7 +208,8 @@ def test_patches_that_the_original_does_not_have_are_written_as_ours_only(tmp_pa
     uvit = network.UvitConfig(
         patch_size=4, encoder_width=8, encoder_num_layers=1, decoder_width=8, decoder_num_layers=1
     )
-    config = dataclasses.replace(config, uvit=uvit)
+    vae = dataclasses.replace(config.vae, block_channels=(8,))
+    config = dataclasses.replace(config, uvit=uvit, vae=vae)
     params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), network.abstract(config))
     save_checkpoint(tmp_path / "jax", KIND, config, params)
     assert load_config(tmp_path / "jax", KIND) == config
@@ -215,6 +231,7 @@ def test_a_janus_and_a_janusflow_are_not_taken_for_each_other(original, tmp_path
 def test_weights_of_the_other_one_are_one_problem(original, tmp_path):
     state = {**to_original(random_state(hf_shapes())), **carried_state()}
     swapped = write_checkpoint(tmp_path / "janus", state, "original", tokenizer=False)
+    tiny_vae.write_vae(tmp_path / "vae", vae_state(), **VAE_CONFIG)  # beside both
     (swapped / "config.json").write_text(json.dumps(make_config()))
     found = problems_of(swapped, KIND)
     assert "its tensors are those of a Janus," in found and len(found.splitlines()) == 1
@@ -287,7 +304,7 @@ def test_sizes_that_the_network_cannot_have_are_refused(tmp_path):
 
 
 def test_missing_and_misshapen_tensors_are_named(tmp_path):
-    folder = write_small_files(tmp_path / "flow")
+    folder = original_folder(tmp_path / "flow")
     state = original_state(make_model())
     del state["vision_gen_enc_aligner.bias"]
     state["beg_of_und_embed"] = state["beg_of_und_embed"][0]
@@ -305,3 +322,55 @@ def test_the_fixture_is_the_network_of_the_parity_tests(original):
     config = parse(original, "original", {}, problems)
     assert not problems and config == torch_janus_flow.jax_config(make_model())
     assert read_json(original / "config.json") == janus_flow_files.make_config()
+
+
+# ---- the VAE
+
+
+def change_vae(folder: Path, **settings) -> Path:
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["sdxl-vae", "beside"])
+def test_the_vae_may_have_another_place(name, tmp_path):
+    folder = original_folder(tmp_path / "flow")
+    place = tmp_path / "vae" if name == "beside" else folder / name
+    (folder / "vae").rename(place)
+    found = load_params(folder, KIND)["vae"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, load_vae(place)[1]))
+
+
+def test_without_a_vae_the_command_that_downloads_it_is_named(tmp_path):
+    folder = original_folder(tmp_path / "flow")
+    shutil.rmtree(folder / "vae")
+    found = problems_of(folder)
+    assert f"hf download stabilityai/sdxl-vae --local-dir {folder / 'vae'}" in found
+    assert len(found.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scaling_factor": 0.18215}, "vae/config.json: scaling_factor is 0.18215, expected 0.13"),
+        ({"latent_channels": 16}, "vae.latent_channels is 16, expected 4"),
+        (
+            {"block_out_channels": [8], "down_block_types": ["DownEncoderBlock2D"],
+             "up_block_types": ["UpDecoderBlock2D"]},
+            "together 2 pixels, expected 4",
+        ),
+        ({"_class_name": "AutoencoderTiny"}, "_class_name is 'AutoencoderTiny'"),
+    ],
+)  # fmt: skip
+def test_another_vae_is_refused(settings, message, tmp_path):
+    found = problems_of(change_vae(original_folder(tmp_path / "flow"), **settings))
+    assert message in found and "stabilityai/sdxl-vae" in found
+
+
+def test_a_damaged_vae_is_refused(tmp_path):
+    folder = original_folder(tmp_path / "flow")
+    state = vae_state()
+    del state["decoder.conv_in.bias"]
+    tiny_vae.write_vae(folder / "vae", state, **VAE_CONFIG)
+    assert "vae/decoder.conv_in.bias is missing" in problems_of(folder)

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from corl_jax.errors import InputError, Problems
+from corl_jax.models.sd_vae import SdVaeConfig
 from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.uvit import UvitConfig
 from corl_jax.policies.janus.checkpoint.llama_sizes import parse_llama, write_llama
 from corl_jax.policies.janus.checkpoint.original import parse_siglip, write_siglip
+from corl_jax.policies.janus_flow.checkpoint.vae_files import find_vae_problems, read_vae
 from corl_jax.policies.janus_flow.network import JanusFlowConfig
 from corl_jax.weights.foreign_config import Fields, check_divisible
+from corl_jax.weights.layouts.sd_vae import check as check_vae
 from corl_jax.weights.storage import read_json
 from corl_jax.weights.table import Shape
 
@@ -63,7 +66,8 @@ def parse(
     top = Fields(str(file), read_json(file), problems)
     llama = parse_llama(top.section("language_config"))
     siglip = parse_vision_section(top)
-    return JanusFlowConfig(llama=llama, siglip=siglip, uvit=_parse_uvit(top, llama.hidden_size))
+    uvit, vae = _parse_uvit(top, llama.hidden_size), problems.attempt(read_vae, folder, problems)
+    return JanusFlowConfig(llama=llama, siglip=siglip, uvit=uvit, vae=vae or SdVaeConfig())
 
 
 def parse_vision(data: dict[str, Any], file: Path) -> SiglipConfig | None:
@@ -156,7 +160,8 @@ def _read_width(fields: Fields, default: int) -> int:
 def check(config: JanusFlowConfig, where: str) -> list[str]:
     """Lists sizes with which the network cannot be built."""
     llama, siglip = config.llama, config.siglip
-    return check_divisible(
+    problems = check_vae(config.vae, f"{where}.vae") or find_vae_problems(config, where)
+    return problems + check_divisible(
         where,
         ("llama.num_heads", llama.num_heads, "llama.num_kv_heads", llama.num_kv_heads),
         ("siglip.hidden_size", siglip.hidden_size, "siglip.num_heads", siglip.num_heads),

@@ -6,6 +6,7 @@ Source: deepseek-ai/Janus, `janus/janusflow/models`.
 from __future__ import annotations
 
 from corl_jax.policies.janus.checkpoint.key_rows import make_llama_rows, make_siglip_rows
+from corl_jax.policies.janus_flow.checkpoint.vae_files import ROWS
 from corl_jax.weights.table import SAME, Row, Table
 from corl_jax.weights.table_rows import conv, dense, norm
 
@@ -45,6 +46,7 @@ TABLE = Table(
         *_make_block_rows(_DECODER, "generation_decoder"),
         *norm(f"{_OUTPUT}.norm", "generation_decoder/output_norm", bias=False),
         *conv(f"{_OUTPUT}.unpatch_conv", "generation_decoder/output"),
+        *ROWS,
     ),
     # In the files, but no forward pass reads it: the attention-pool head. It is carried, so that an
     # export is complete again.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from corl_jax.policies.janus.checkpoint.assets import COPIED, write_assets
+from corl_jax.policies.janus.checkpoint import assets
 from corl_jax.policies.janus.checkpoint.kind import find_strange_weights
 from corl_jax.policies.janus_flow.checkpoint import flow_config
 from corl_jax.policies.janus_flow.checkpoint.flow_keys import TABLE
+from corl_jax.policies.janus_flow.checkpoint.vae_files import PARTS, write_vae_config
 from corl_jax.policies.janus_flow.layout import RULES
 from corl_jax.policies.janus_flow.network import JanusFlow, JanusFlowConfig
 from corl_jax.weights.adapters import adapter_table
-from corl_jax.weights.kinds import ForeignExport, NetworkKind, PeftFormat
+from corl_jax.weights.kinds import Assets, ForeignExport, NetworkKind, PeftFormat
 
 
 def find_other_kind(data: Mapping[str, Any]) -> str | None:
@@ -35,6 +37,15 @@ def explain_problems(problems: list[str], layout: str, data: Mapping[str, Any]) 
     return problems
 
 
+def write_assets(
+    folder: Path, layout: str, config: JanusFlowConfig, source: Assets | None,
+    stated: Mapping[str, Any],
+) -> list[str]:  # fmt: skip
+    """Writes the small files of the model and of its VAE; returns notes on missing files."""
+    write_vae_config(folder, config.vae, source.folder if source else None)
+    return assets.write_assets(folder, layout, config, source, stated)
+
+
 KIND = NetworkKind(
     name="janus_flow",
     module=JanusFlow,
@@ -42,10 +53,11 @@ KIND = NetworkKind(
     tables={"original": TABLE},
     parse=flow_config.parse,
     check=flow_config.check,
+    parts=PARTS,
     model_types={"multi_modality": "original"},
     find_other_kind=find_other_kind,
     rules=RULES,
-    files=COPIED,
+    files=assets.COPIED,
     foreign_export=ForeignExport(
         check=flow_config.check_expressible,
         write_config=flow_config.write_config,
