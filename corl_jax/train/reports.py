@@ -24,6 +24,7 @@ from corl_jax.runs.outputs import Outputs, Progress
 from corl_jax.tasks import TASKS, TEXT, choose_tasks_of_step, image_tasks, list_segments
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.evaluations import Evaluation
+from corl_jax.train.recipe_options import choose_eval_denoising
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import TrainState
 from corl_jax.types import Params, Prompts
