@@ -73,9 +73,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         iterate=plan.stage.iterate,
         train_step=train_step,
         logprob_step=logprob_step,
-        velocity_step=make_logprob_step(
-            plan.family, plan.sizes, make_update_options(plan), velocities=True
-        ),
+        velocity_step=make_velocity_step(plan),
         samplers=make_samplers(plan),
         evaluation_samplers=make_samplers(plan, evaluates=True),
         greedy_samplers=make_samplers(plan, greedy_last=True) if uses_greedy(plan) else None,
@@ -166,6 +164,11 @@ def make_steps(
     jit = {"out_shardings": (shardings, None)}
     train_step = plan.stage.make_step(plan, options, optimizer, **jit)
     return train_step, make_logprob_step(plan.family, plan.sizes, options)
+
+
+def make_velocity_step(plan: RunOutline) -> Callable:
+    """Returns the jitted velocities of the reference at the steps of images."""
+    return make_logprob_step(plan.family, plan.sizes, make_update_options(plan), velocities=True)
 
 
 def state_shardings(

@@ -14,6 +14,7 @@ from corl_jax.config.schema import Algorithm, Config
 from corl_jax.policies.family import Denoising as SamplerDenoising
 from corl_jax.policies.family import Family
 from corl_jax.tasks import TASKS, TEXT, choose_tasks
+from corl_jax.train.stages import Stage
 
 KL_ESTIMATORS = {"loss": "k3", "reward": "k1"}
 """Place of the KL penalty -> its estimator where a config moves the penalty of a recipe."""
@@ -155,8 +156,11 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
     ]
 
 
-def find_denoising_problems(config: Config, family: Family) -> list[str]:
+def find_denoising_problems(config: Config, stage: Stage, family: Family) -> list[str]:
     """Returns the options with which a model that makes images by denoising cannot be trained."""
+    # An unknown name of an algorithm is a problem already.
+    if not stage.compares or config.algorithm.name not in RECIPES:
+        return []
     tasks = [TASKS[name] for name in choose_tasks(config.algorithm.tasks)]
     if not family.denoises or not any(task.makes_image for task in tasks):
         return []
@@ -165,7 +169,8 @@ def find_denoising_problems(config: Config, family: Family) -> list[str]:
     if recipe.uses_greedy:
         problems.append(
             f"algorithm.name: found {algorithm.name}, which compares with a greedy completion; a "
-            f"{family.name} draws no greedy image in the program of its samples; choose grpo"
+            f"{family.name} draws no greedy image in the program of its samples; choose one of "
+            f"{', '.join(name for name, row in RECIPES.items() if not row.uses_greedy)}"
         )
     if algorithm.kl_coef and complete_algorithm(algorithm).kl_in == "reward":
         problems.append(

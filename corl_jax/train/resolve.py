@@ -31,6 +31,7 @@ from corl_jax.train import attending, fit
 from corl_jax.train.evaluations import (
     Evaluation,
     bind_suite_rewards,
+    evaluate_held_out,
     find_entry_problems,
     open_evaluations,
 )
@@ -159,10 +160,8 @@ def resolve_run(config: Config) -> ResolvedRun:
     sizes = loaders = evaluations = None
     if model:
         missing = find_missing_abilities(config, stage, model.family, model.sizes)
-        problems.add(missing)
-        if stage.compares and config.algorithm.name in RECIPES:
-            problems.add(find_denoising_problems(config, model.family))
-        problems.add(_find_own_scorer_problems(config, rewards.used, model))
+        problems.add([*missing, *_find_own_scorer_problems(config, rewards.used, model)])
+        problems.add(find_denoising_problems(config, stage, model.family))
         # Without adapters if they are wrong, so that the other checks still run.
         sizes = problems.attempt(fit.add_adapters, config, model.family, model.sizes) or model.sizes
         problems.add(fit.find_model_problems(config, model.family, sizes, mesh))
@@ -177,9 +176,7 @@ def resolve_run(config: Config) -> ResolvedRun:
     assert model and mesh and loaders and evaluations is not None
     train_loader, held_out = loaders
     if held_out is not None:
-        suite = SUITES[config.eval.suite]
-        rows = min(config.eval.rows, len(held_out.source))
-        evaluations = [Evaluation(suite, held_out, rows), *evaluations]
+        evaluations = [evaluate_held_out(config, held_out), *evaluations]
     return ResolvedRun(
         config=fit.choose_layout(config, model.family), family=model.family, sizes=sizes,
         special=model.processor.special, image=model.processor.image, mesh=mesh,
