@@ -65,9 +65,7 @@ def draw_latents(
     return Segment(LATENTS, drawn.latents, jnp.ones(steps.shape, bool), logprobs, {STEPS: steps})
 
 
-def score_latents(
-    velocity: Velocity, segment: Segment, denoising: Denoising
-) -> LatentScores:
+def score_latents(velocity: Velocity, segment: Segment, denoising: Denoising) -> LatentScores:
     """Computes log-probs [N, T] and velocities [N, T, ...] of the scored steps.
 
     `velocity` is called once, with N * T rows: those of a sample are neighbours.
