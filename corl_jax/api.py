@@ -136,6 +136,7 @@ class LoadedModel:
                 setattr(request, name, _read_image(value, name, problems))
         for number, text in enumerate(texts):
             problems.add(find_text_problems(f"prompt {number}", text))
+        problems.add(inference.find_unread_image_options(self.policy, request, _spell_keyword))
         problems.add(complete_options(request, inference.list_image_options(request)))
         problems.raise_any()
         problems.add(inference.find_long_prompts(self.policy, request, texts, _spell_keyword))

@@ -158,6 +158,30 @@ def find_long_prompts(
     return _find_long_rows(model, PLANNED_GENERATION, rows, options.max_new_tokens + image)
 
 
+def find_unread_image_options(
+    model: PolicyFiles, given: argparse.Namespace, spell: SpellOption
+) -> list[str]:
+    """Returns a problem for each given option that does not change what the model draws.
+
+    `given` are the options before the defaults and those of the checkpoint complete them.
+    """
+    family, problems = model.family, []
+    if given.image_steps is not None and not (family.draws_in_any_order or family.denoises):
+        problems.append(
+            f"{spell('image_steps')}: found {given.image_steps}; a {family.name} draws the codes "
+            "of images one by one; leave it out"
+        )
+    if family.denoises:
+        values = {"temperature": given.temperature, "greedy": given.greedy or None}
+        problems += [
+            f"{spell(name)}: found {value}; a {family.name} makes images by denoising, of which "
+            "only the first noise is drawn at random; leave it out"
+            for name, value in values.items()
+            if value not in (None, HARMLESS.get(name))
+        ]
+    return problems
+
+
 def cut_given_image(
     model: PolicyFiles, options: argparse.Namespace, spell: SpellOption
 ) -> tuple[np.ndarray, np.ndarray] | None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import corl_jax
 from corl_jax import generate, inference, policies
 from corl_jax.data import questions
 from corl_jax.devices import startup
@@ -32,6 +34,7 @@ from corl_jax.tasks import TASKS
 from corl_jax.types import EncodedPrompts
 from corl_jax.weights.checkpoint import load_params
 from corl_jax.weights.export import save_checkpoint
+from tests.support import tiny_flow
 from tests.support.tiny_models import encode, encode_prompts, tiny_image, tiny_tokenizer_dir
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -520,3 +523,41 @@ def test_load_policy_casts_all_but_the_image_tokenizer(model_dir):
         for path, dtype in kinds.items()
     )
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model.params))
+
+
+def test_options_that_a_model_does_not_read_are_refused(model_dir, tmp_path, capsys):
+    """A Janus has no steps to choose, and images by denoising have no token to choose."""
+    flow = tiny_flow.model_dir(tmp_path / "flow")
+    given = {
+        model_dir: ("--image-steps", 4),
+        flow: ("--image-steps", 4, "--temperature", 0.5),
+    }
+    for folder, options in given.items():
+        message = refused(
+            capsys, "image", "--model", folder, "--prompt", "a", "--out", tmp_path / "x", *options
+        )
+        if folder == model_dir:
+            assert "--image-steps: found 4; a janus draws the codes of images one by" in message
+        else:
+            assert "--temperature: found 0.5; a janus_flow makes images by denoising" in message
+            assert "image-steps" not in message
+    loaded = corl_jax.load(flow, dtype="float32")
+    with pytest.raises(InputError, match="greedy: found True; a janus_flow makes"):
+        loaded.generate_images("a", greedy=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "keys"),
+    [
+        ("janus", {"temperature": 0.5, "greedy": False}, []),
+        ("show_o", {"image_steps": 3, "temperature": 0.5}, []),
+        ("janus_flow", {"image_steps": 3, "temperature": 1.0, "greedy": False}, []),
+        ("janus_flow", {"temperature": 0.5, "greedy": True}, ["temperature", "greedy"]),
+        ("janus", {"image_steps": 3}, ["image_steps"]),
+    ],
+)
+def test_each_family_reads_its_own_options_of_images(family, given, keys):
+    options = {"image_steps": None, "temperature": None, "greedy": None} | given
+    model = SimpleNamespace(family=policies.FAMILIES[family])
+    problems = inference.find_unread_image_options(model, SimpleNamespace(**options), str)
+    assert [problem.partition(":")[0] for problem in problems] == keys
