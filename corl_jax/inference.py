@@ -159,20 +159,21 @@ def find_long_prompts(
 
 
 def find_unread_image_options(
-    model: PolicyFiles, given: argparse.Namespace, spell: SpellOption
+    model: PolicyFiles, user_options: argparse.Namespace, spell: SpellOption
 ) -> list[str]:
-    """Returns a problem for each given option that does not change what the model draws.
+    """Returns a problem for each option of the user that does not change what the model draws.
 
-    `given` are the options before the defaults and those of the checkpoint complete them.
+    `user_options` lack the values that defaults and checkpoint add.
     """
     family, problems = model.family, []
-    if given.image_steps is not None and not (family.draws_in_any_order or family.denoises):
+    steps = user_options.image_steps
+    if steps is not None and not (family.draws_in_any_order or family.denoises):
         problems.append(
-            f"{spell('image_steps')}: found {given.image_steps}; a {family.name} draws the codes "
-            "of images one by one; leave it out"
+            f"{spell('image_steps')}: found {steps}; a {family.name} draws the codes of images one "
+            "by one; leave it out"
         )
     if family.denoises:
-        values = {"temperature": given.temperature, "greedy": given.greedy or None}
+        values = {"temperature": user_options.temperature, "greedy": user_options.greedy or None}
         problems += [
             f"{spell(name)}: found {value}; a {family.name} makes images by denoising, of which "
             "only the first noise is drawn at random; leave it out"

@@ -86,7 +86,9 @@ class SdVae(nnx.Module):
 
     def encode_sample(self, pixels: jax.Array, key: jax.Array) -> jax.Array:
         """Draws scaled latents [N, h, w, C] float32 of pixels [N, H, W, 3] in [-1, 1]."""
-        return draw_latents(*self.encode(pixels), key) * self.config.scaling_factor
+        mean, logvar = self.encode(pixels)
+        noise = jax.random.normal(key, mean.shape, mean.dtype)
+        return (mean + jnp.exp(0.5 * logvar) * noise) * self.config.scaling_factor
 
     def decode_scaled(self, latents: jax.Array) -> jax.Array:
         """Computes pixels [N, H, W, 3] float32, not clipped, of scaled latents [N, h, w, C]."""
@@ -106,9 +108,3 @@ class SdVae(nnx.Module):
         if dtype == jnp.float16:
             raise ValueError("the VAE's float16 overflows; cast its parameters to float32")
         return dtype
-
-
-def draw_latents(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
-    """Draws latents of normal distributions, in the shape of `mean`."""
-    noise = jax.random.normal(key, mean.shape, mean.dtype)
-    return mean + jnp.exp(0.5 * logvar) * noise

@@ -23,6 +23,7 @@ from corl_jax.policies.choices import split_steps
 from corl_jax.policies.family import NOISE_KEYS
 from corl_jax.tasks import LATENTS, TASKS, TEXT, image_tasks, name_turns
 from corl_jax.train import build
+from corl_jax.train.image_codes import reads_codes
 from corl_jax.train.memory import count_turn_tokens, get_segment_length
 from corl_jax.train.optimizer import make_optimizer, master_dtype
 from corl_jax.train.reference import cast_reference, has_own_copy, has_reference
@@ -172,7 +173,7 @@ def make_batch(
             for segment in attach_shardings(sampled, batch_sharding(outline.mesh))
         )
         further = {name: _make_scores(name, segments, shape) for name in extra}
-        if outline.family.place_codes is not None:  # see train.image_codes
+        if reads_codes(outline.family, outline.sizes):  # before the update, as in training
             prompts = dataclasses.replace(prompts, pixel_values=None)
         return TaskBatch(
             prompts,

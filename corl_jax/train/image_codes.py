@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+from corl_jax.policies.family import Family
 from corl_jax.train.run import Run
 from corl_jax.train.step import Batch, TaskBatch
-from corl_jax.types import Array, Params
+from corl_jax.types import Array, Params, Sizes
+
+
+def reads_codes(family: Family, sizes: Sizes) -> bool:
+    """Returns whether questions have the codes of their images before an update reads them."""
+    return family.place_codes is not None and family.reads_codes(sizes)
 
 
 def read_images(run: Run, params: Params, batch: Batch) -> Batch:
@@ -15,7 +21,7 @@ def read_images(run: Run, params: Params, batch: Batch) -> Batch:
     No gradient goes through them, so the policy, the old policy and the reference can share them.
     """
     place = run.family.place_codes
-    if place is None or not run.family.reads_codes(run.sizes):
+    if place is None or not reads_codes(run.family, run.sizes):
         return batch
     codes: dict[int, Array] = {}  # questions and captions may have the same array of pixels
 

@@ -17,7 +17,7 @@ from corl_jax.policies.show_o import network
 from corl_jax.policies.show_o.logprobs import score_answers
 from corl_jax.policies.show_o.reading import fill_codes
 from corl_jax.tasks import TEXT
-from corl_jax.train.image_codes import read_images
+from corl_jax.train.image_codes import read_images, reads_codes
 from corl_jax.train.step import TaskBatch
 from corl_jax.types import EncodedPrompts, Segment
 from tests.support.tiny_show_o import CONFIG, SPECIAL, make_params
@@ -84,3 +84,11 @@ def test_questions_and_captions_read_the_same_codes_and_score_the_same(params):
 def test_a_family_with_an_image_network_of_its_own_keeps_the_pixels(params):
     batch = make_batch()
     assert read_images(make_run(FAMILIES["janus"]), params, batch) is batch
+
+
+def test_models_that_read_pixels_have_no_codes_in_their_questions():
+    """A plan compiles the network that training runs: with the tower that reads pixels."""
+    with_tower = dataclasses.replace(CONFIG, w_clip_vit=True)
+    assert reads_codes(FAMILIES["show_o"], CONFIG)
+    assert not reads_codes(FAMILIES["show_o"], with_tower)
+    assert not reads_codes(FAMILIES["janus"], CONFIG)
