@@ -181,7 +181,10 @@ def find_denoising_problems(config: Config, stage: Stage, family: Family) -> lis
         sigmas = make_sigmas(options.schedule, options.steps, options.shift, num_tokens=1)
         fit_window(choose_window(options), sigmas, Sde(options.dynamics, options.noise_level))
     except ValueError as error:
-        problems.append(f"denoising: {error}")
+        problems.append(
+            f"denoising: {error}; correct denoising.window, denoising.window_starts or "
+            "denoising.steps"
+        )
     return problems
 
 
