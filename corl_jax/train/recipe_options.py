@@ -201,7 +201,10 @@ def find_denoising_problems(config: Config, stage: Stage, family: Family) -> lis
     try:
         fit_window(choose_window(options), sigmas, Sde(options.dynamics, options.noise_level))
     except ValueError as error:
-        problems.append(f"denoising: {error}")
+        problems.append(
+            f"denoising: {error}; correct denoising.window, denoising.window_starts or "
+            "denoising.steps"
+        )
     return problems
 
 

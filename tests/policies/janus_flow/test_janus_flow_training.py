@@ -83,7 +83,8 @@ def test_both_tasks_with_several_updates_and_micro_batches(model, rows, tmp_path
 def test_micro_batches_change_nothing(model, rows, tmp_path, one_device, dynamics):
     changes = {
         "algorithm": {"tasks": "t2i", "kl_coef": 0.1, "num_iterations": 2},
-        "denoising": DENOISING | {"dynamics": dynamics},
+        # The last step of cps has no noise.
+        "denoising": DENOISING | {"dynamics": dynamics, "window_starts": 1 + (dynamics != "cps")},
         "rewards": [{"name": "t2i_pixel_mse"}], "train": {"max_steps": 1},
     }  # fmt: skip
     whole = run(model, rows, tmp_path / "whole", **changes)[0]
@@ -162,6 +163,10 @@ def test_a_plan_has_the_latents_that_a_run_has(model, rows, tmp_path, capsys):
     [
         ({"rollout": {"group_size": 1}}, "rollout.group_size: found 1"),
         ({"denoising": {"steps": 3, "window": 4}}, "denoising: window"),
+        (
+            {"denoising": {"steps": 3, "window": 2, "window_starts": 2, "dynamics": "cps"}},
+            "correct denoising.window, denoising.window_starts or denoising.steps",
+        ),
         ({"algorithm": {"name": "remax"}}, "compares with a greedy completion"),
         ({"algorithm": {"kl_coef": 0.1, "kl_in": "reward"}}, "algorithm.kl_in: found reward"),
         ({"algorithm": {"tasks": "think"}}, "which a janus_flow does not make"),
