@@ -48,7 +48,6 @@ CLASS_LINES, LOOP_IMPORTS = 100, 20
 EXCEPTIONS: dict[str, tuple[int, str]] = {
     "corl_jax/config/schema.py": (600, "every option with its type, default and meaning"),
     "corl_jax/rewards/registry.py": (420, "the table of rewards, and how a batch is scored"),
-    "corl_jax/config/checks.py": (440, "the table of readers, a row for each kind of option"),
 }
 
 # What computes must import without what reads configs, reads data and draws curves.

@@ -354,6 +354,11 @@ class Family:
         """True if the codes of an image are drawn in any order, in a number of steps."""
         return any(program.choose_scored for program in self.turns.values())
 
+    @property
+    def takes_image_steps(self) -> bool:
+        """True if an image is drawn in a number of steps that can be chosen."""
+        return self.draws_in_any_order or self.denoises
+
     def find_lack(self, task: Task, sizes: Sizes | None = None) -> str | None:
         """Returns what the task needs and the family lacks; None if the family can do the task.
 

@@ -73,12 +73,8 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         iterate=plan.stage.iterate,
         train_step=train_step,
         logprob_step=logprob_step,
-        velocity_step=make_logprob_step(
-            plan.family, plan.sizes, make_update_options(plan), velocities=True
-        ),
-        samplers=make_samplers(plan),
-        evaluation_samplers=make_samplers(plan, evaluates=True),
-        greedy_samplers=make_samplers(plan, greedy_last=True) if uses_greedy(plan) else None,
+        velocity_step=make_velocity_step(plan),
+        **make_run_samplers(plan),
         rewards=plan.rewards,
         networks=load_networks(plan),
         recipe=RECIPES[config.algorithm.name],
@@ -166,6 +162,12 @@ def make_steps(
     jit = {"out_shardings": (shardings, None)}
     train_step = plan.stage.make_step(plan, options, optimizer, **jit)
     return train_step, make_logprob_step(plan.family, plan.sizes, options)
+
+
+def make_velocity_step(plan: RunOutline) -> Callable:
+    """Returns the jitted computing of the velocities of latents."""
+    options = make_update_options(plan)
+    return make_logprob_step(plan.family, plan.sizes, options, velocities=True)
 
 
 def state_shardings(
@@ -308,6 +310,15 @@ def make_samplers(
     return {
         name: bind_sampler(plan.family.turns[TASKS[name].turn_kinds].sample, plan.sizes, options)
         for name in plan.tasks
+    }
+
+
+def make_run_samplers(plan: RunOutline) -> dict[str, Any]:
+    """Returns the samplers of a run by the names of its fields."""
+    return {
+        "samplers": make_samplers(plan),
+        "evaluation_samplers": make_samplers(plan, evaluates=True),
+        "greedy_samplers": make_samplers(plan, greedy_last=True) if uses_greedy(plan) else None,
     }
 
 

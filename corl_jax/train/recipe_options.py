@@ -8,9 +8,10 @@ from corl_jax.algorithms.flow.schedules import make_sigmas
 from corl_jax.algorithms.flow.steps import Sde
 from corl_jax.algorithms.flow.windows import Window, fit_window
 from corl_jax.algorithms.recipes import RECIPES, Recipe
-from corl_jax.config.checks import list_changes
 from corl_jax.config.denoising import Denoising
+from corl_jax.config.readers import list_changes
 from corl_jax.config.schema import Algorithm, Config
+from corl_jax.config.stages import STAGE_FACTS
 from corl_jax.policies.family import Denoising as SamplerDenoising
 from corl_jax.policies.family import Family
 from corl_jax.tasks import TASKS, TEXT, choose_tasks
@@ -158,14 +159,16 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
 def find_denoising_problems(config: Config, family: Family) -> list[str]:
     """Returns the options with which a model that makes images by denoising cannot be trained."""
     tasks = [TASKS[name] for name in choose_tasks(config.algorithm.tasks)]
-    if not family.denoises or not any(task.makes_image for task in tasks):
+    compares = STAGE_FACTS[config.stage].has_rollouts and config.algorithm.name in RECIPES
+    if not (compares and family.denoises and any(task.makes_image for task in tasks)):
         return []
     recipe, algorithm, options = RECIPES[config.algorithm.name], config.algorithm, config.denoising
     problems = []
     if recipe.uses_greedy:
         problems.append(
             f"algorithm.name: found {algorithm.name}, which compares with a greedy completion; a "
-            f"{family.name} draws no greedy image in the program of its samples; choose grpo"
+            f"{family.name} draws no greedy image in the program of its samples; choose one of "
+            + ", ".join(name for name, row in RECIPES.items() if not row.uses_greedy)
         )
     if algorithm.kl_coef and complete_algorithm(algorithm).kl_in == "reward":
         problems.append(

@@ -158,10 +158,8 @@ def resolve_run(config: Config) -> ResolvedRun:
         problems.add(_find_scorer_problems(rewards.networks, mesh))
     sizes = loaders = evaluations = None
     if model:
-        missing = find_missing_abilities(config, stage, model.family, model.sizes)
-        problems.add(missing)
-        if stage.compares and config.algorithm.name in RECIPES:
-            problems.add(find_denoising_problems(config, model.family))
+        problems.add(missing := find_missing_abilities(config, stage, model.family, model.sizes))
+        problems.add(find_denoising_problems(config, model.family))
         problems.add(_find_own_scorer_problems(config, rewards.used, model))
         # Without adapters if they are wrong, so that the other checks still run.
         sizes = problems.attempt(fit.add_adapters, config, model.family, model.sizes) or model.sizes

@@ -32,11 +32,11 @@ def read_vae(folder: Path, problems: Problems) -> SdVaeConfig:
     Raises: InputError without a VAE, with the command that downloads it.
     """
     place = sd_vae.find_vae_of(folder)
-    found = Problems()
-    sizes = sd_vae.read_sizes(place, found)
-    if not found:
-        found.add(_find_scaling_problems(sizes, str(place / "config.json"), place))
-    problems.add(found)
+    vae_problems = Problems()
+    sizes = sd_vae.read_sizes(place, vae_problems)
+    if not vae_problems:
+        vae_problems.add(_find_scaling_problems(sizes, str(place / "config.json"), place))
+    problems.add(vae_problems)
     return sizes
 
 
