@@ -117,6 +117,12 @@ def _open_evaluation(
     return Evaluation(suite, loader, len(source), name, bind_suite_rewards([suite]))
 
 
+def evaluate_held_out(config: Config, loader: Loader) -> Evaluation:
+    """Returns the evaluation of the rows that were held out of the training data."""
+    rows = min(config.eval.rows, len(loader.source))
+    return Evaluation(SUITES[config.eval.suite], loader, rows)
+
+
 def bind_suite_rewards(suites: Sequence[Suite]) -> list[BoundReward]:
     """Returns the rewards that suites ask, whatever the config trains on; each once."""
     chosen = {name: options for suite in suites for name, options in suite.rewards.items()}

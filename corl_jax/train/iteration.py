@@ -40,6 +40,7 @@ from corl_jax.tasks import (
     image_tasks,
     text_tasks,
 )
+from corl_jax.train.agreement import RATIO_SHARES
 from corl_jax.train.drawn import Drawn, Scored, list_costs, place_rewards
 from corl_jax.train.greedy import separate_greedy
 from corl_jax.train.image_codes import read_images
@@ -47,7 +48,7 @@ from corl_jax.train.kl_penalty import measure_penalties
 from corl_jax.train.redraw import replace_flat_groups
 from corl_jax.train.rollout_metrics import count_tokens, describe_rollouts, has_ended
 from corl_jax.train.run import Iteration, Run, put_batch
-from corl_jax.train.step import RATIO_SHARES, Batch, TaskBatch, TrainState
+from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.train.tag_rewards import average_by_tag
 from corl_jax.types import Params, Prompts, Rollout
 

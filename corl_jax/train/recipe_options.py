@@ -11,10 +11,10 @@ from corl_jax.algorithms.recipes import RECIPES, Recipe
 from corl_jax.config.denoising import Denoising
 from corl_jax.config.readers import list_changes
 from corl_jax.config.schema import Algorithm, Config
-from corl_jax.config.stages import STAGE_FACTS
 from corl_jax.policies.family import Denoising as SamplerDenoising
 from corl_jax.policies.family import Family
 from corl_jax.tasks import TASKS, TEXT, choose_tasks
+from corl_jax.train.stages import Stage
 
 KL_ESTIMATORS = {"loss": "k3", "reward": "k1"}
 """Place of the KL penalty -> its estimator where a config moves the penalty of a recipe."""
@@ -143,7 +143,7 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
             "sft.released",
         )
         way = "makes images by denoising"
-    elif family.draws_in_any_order:
+    elif any(program.choose_scored for program in family.turns.values()):
         unread = ("compat.image_logprobs_unshifted", "denoising.")
         way = "draws the codes of images in any order"
     else:
@@ -156,11 +156,13 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
     ]
 
 
-def find_denoising_problems(config: Config, family: Family) -> list[str]:
+def find_denoising_problems(config: Config, stage: Stage, family: Family) -> list[str]:
     """Returns the options with which a model that makes images by denoising cannot be trained."""
+    # An unknown name of an algorithm is a problem already.
+    if not stage.compares or config.algorithm.name not in RECIPES:
+        return []
     tasks = [TASKS[name] for name in choose_tasks(config.algorithm.tasks)]
-    compares = STAGE_FACTS[config.stage].has_rollouts and config.algorithm.name in RECIPES
-    if not (compares and family.denoises and any(task.makes_image for task in tasks)):
+    if not family.denoises or not any(task.makes_image for task in tasks):
         return []
     recipe, algorithm, options = RECIPES[config.algorithm.name], config.algorithm, config.denoising
     problems = []
@@ -168,7 +170,7 @@ def find_denoising_problems(config: Config, family: Family) -> list[str]:
         problems.append(
             f"algorithm.name: found {algorithm.name}, which compares with a greedy completion; a "
             f"{family.name} draws no greedy image in the program of its samples; choose one of "
-            + ", ".join(name for name, row in RECIPES.items() if not row.uses_greedy)
+            f"{', '.join(name for name, row in RECIPES.items() if not row.uses_greedy)}"
         )
     if algorithm.kl_coef and complete_algorithm(algorithm).kl_in == "reward":
         problems.append(

@@ -31,6 +31,7 @@ from corl_jax.train import attending, fit
 from corl_jax.train.evaluations import (
     Evaluation,
     bind_suite_rewards,
+    evaluate_held_out,
     find_entry_problems,
     open_evaluations,
 )
@@ -158,9 +159,10 @@ def resolve_run(config: Config) -> ResolvedRun:
         problems.add(_find_scorer_problems(rewards.networks, mesh))
     sizes = loaders = evaluations = None
     if model:
-        problems.add(missing := find_missing_abilities(config, stage, model.family, model.sizes))
-        problems.add(find_denoising_problems(config, model.family))
-        problems.add(_find_own_scorer_problems(config, rewards.used, model))
+        config = fit.choose_layout(config, model.family)
+        missing = find_missing_abilities(config, stage, model.family, model.sizes)
+        problems.add([*missing, *_find_own_scorer_problems(config, rewards.used, model)])
+        problems.add(find_denoising_problems(config, stage, model.family))
         # Without adapters if they are wrong, so that the other checks still run.
         sizes = problems.attempt(fit.add_adapters, config, model.family, model.sizes) or model.sizes
         problems.add(fit.find_model_problems(config, model.family, sizes, mesh))
@@ -175,13 +177,11 @@ def resolve_run(config: Config) -> ResolvedRun:
     assert model and mesh and loaders and evaluations is not None
     train_loader, held_out = loaders
     if held_out is not None:
-        suite = SUITES[config.eval.suite]
-        rows = min(config.eval.rows, len(held_out.source))
-        evaluations = [Evaluation(suite, held_out, rows), *evaluations]
+        evaluations = [evaluate_held_out(config, held_out), *evaluations]
     return ResolvedRun(
-        config=fit.choose_layout(config, model.family), family=model.family, sizes=sizes,
-        special=model.processor.special, image=model.processor.image, mesh=mesh,
-        tasks=stage.tasks(config), steps=count_steps(config, train_loader),
+        config=config, family=model.family, sizes=sizes, special=model.processor.special,
+        image=model.processor.image, mesh=mesh, tasks=stage.tasks(config),
+        steps=count_steps(config, train_loader),
         model_dir=model.folder, processor=model.processor, rewards=rewards.by_task,
         networks=rewards.networks, train_loader=train_loader, evaluations=tuple(evaluations),
         warnings=[*rewards.warnings, *find_ignored_options(config),

@@ -27,9 +27,9 @@ from corl_jax.runs.log import RunLog
 from corl_jax.runs.outputs import Outputs
 from corl_jax.tasks import PLAN_COLUMN, TASKS
 from corl_jax.train import dashboard
+from corl_jax.train.agreement import RATIO_SHARES
 from corl_jax.train.reports import are_completions_due, choose_color
 from corl_jax.train.run import Iteration, Run, put_batch
-from corl_jax.train.step import RATIO_SHARES
 
 SHOWN_GROUPS, TABLE_GROUPS = 4, 8
 """Groups of a step on a page of images, and in the table of answers."""

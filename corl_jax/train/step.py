@@ -24,26 +24,13 @@ from corl_jax.algorithms.losses import (
     LossInputs,
     weigh_by_entropy,
 )
-from corl_jax.algorithms.ratios import logprob_difference, measure_importance_ratio
 from corl_jax.devices.mesh import constrain
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.family import Family, LogprobOptions, MeasureKl, Scores
 from corl_jax.tasks import LATENTS, TurnKinds, name_segments
+from corl_jax.train.agreement import measure_agreement, pick_first
 from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
-
-DIFFERENCES = DIFFERENCE_MEAN, DIFFERENCE_MAX = (
-    "sampling/sampling_logp_difference/mean",
-    "sampling/sampling_logp_difference/max",
-)
-"""Metrics of the difference between the log-probs of sampler and trainer."""
-RATIOS = RATIO_MIN, RATIO_MEAN, RATIO_MAX, RATIO_SHARES = tuple(
-    f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max", "shares")
-)
-"""Metrics of the ratio of their probabilities; the shares are those of a histogram's bins."""
-
-RATIO_FIRST = "ratio_first"
-"""Metric of the largest |ratio - 1| of the steps of images in the first update."""
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 """Metrics as (sum, count), so that micro-batches add up exactly."""
@@ -271,15 +258,10 @@ def segment_loss(
         return total, sums, (largest, smallest)
     sums = sums | {"loss": (total, count)}
     if segment.logprobs is not None:
-        both = segment.logprobs, inputs.logprobs, segment.mask
-        difference, tokens, largest[DIFFERENCE_MAX] = logprob_difference(*both)
-        ratio = measure_importance_ratio(*both)
-        sums |= {
-            DIFFERENCE_MEAN: (difference, tokens),
-            RATIO_MEAN: ratio.mean,
-            RATIO_SHARES: ratio.shares,
-        }
-        largest[RATIO_MAX], smallest[RATIO_MIN] = ratio.largest, ratio.smallest
+        agreement, (above, below) = measure_agreement(
+            segment.logprobs, inputs.logprobs, segment.mask
+        )
+        sums, largest, smallest = sums | agreement, largest | above, smallest | below
     return total, sums, (largest, smallest)
 
 
@@ -350,33 +332,14 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Params, batch: Batch):
         grads, metrics = gradients(family, sizes, options, state.params, frozen, batch)
         state, update = apply_gradients(state, grads, optimizer, metrics["loss"])
-        # Only the first update starts from the policy that sampled, so only its difference
-        # between sampler and trainer means anything.
-        prefixes = [
-            prefix for name, task in batch.items() for prefix in name_segments(name, task.kinds)
-        ]
-        names = [f"{prefix}/{name}" for prefix in prefixes for name in (*DIFFERENCES, *RATIOS)]
-        metrics |= measure_first_ratios(metrics, batch)
-        names += [f"{prefix}/{RATIO_FIRST}" for prefix in prefixes]
-        first = {name: Metric(metrics[name], "first") for name in names if name in metrics}
-        return state, to_metrics(metrics | update) | first
+        kinds = {
+            prefix: kind
+            for name, task in batch.items()
+            for prefix, kind in zip(name_segments(name, task.kinds), task.kinds, strict=True)
+        }
+        return state, to_metrics(metrics | update) | pick_first(metrics, kinds)
 
     return train_step
-
-
-def measure_first_ratios(metrics: dict[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-    """Returns the largest |ratio - 1| of the steps of images in a batch that has the ratios.
-
-    It is to stay below their narrow clip range: the trainer then computes what the sampler did.
-    """
-    found = {}
-    for name, task in batch.items():
-        for prefix, kind in zip(name_segments(name, task.kinds), task.kinds, strict=True):
-            if kind == LATENTS and f"{prefix}/{RATIO_MAX}" in metrics:
-                largest = metrics[f"{prefix}/{RATIO_MAX}"] - 1
-                smallest = 1 - metrics[f"{prefix}/{RATIO_MIN}"]
-                found[f"{prefix}/{RATIO_FIRST}"] = jnp.maximum(largest, smallest)
-    return found
 
 
 def make_logprob_step(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from corl_jax.algorithms.losses import CLIPPED_POLICY_LOSS, LossConstants
 from corl_jax.params import leaf_paths, partition
 from corl_jax.policies.family import LogprobOptions
-from corl_jax.train import step
+from corl_jax.train import agreement, step
 from corl_jax.types import Params
 from tools.bench import inputs
 from tools.bench.generation import STREAMS, make_prompts
@@ -48,7 +48,7 @@ def measure_gradients(setting: Setting) -> Iterator[Record]:
         for kernel in {setting.attention, "xla"}:
             options = make_options(setting, kernel, COMPUTE, task)
             gradients, metrics = _differentiate(setting, options, (trained, frozen, batch))
-            apart = (float(metrics[f"{task}/{name}"]) for name in step.DIFFERENCES)
+            apart = (float(metrics[f"{task}/{name}"]) for name in agreement.DIFFERENCES)
             values_off = dict(zip(("value", "value_max"), apart, strict=True))
             off[kernel] = measure_errors(gradients, exact) | values_off
             del gradients

@@ -193,8 +193,7 @@ def score_thinking(
         return compute_scoring_states(model.language_model, embeds, mask, completion, shifted)
 
     # Place 0 follows the prompt, place `plan_lengths` is BOI, and the first code follows it.
-    first_code = plan_lengths[:, None] + 1 + options.unshifted
-    code_places = (first_code + jnp.arange(length))[..., None]
+    code_places = (plan_lengths[:, None] + 1 + options.unshifted + jnp.arange(length))[..., None]
 
     def take_code_states(states: jax.Array) -> jax.Array:
         return jnp.take_along_axis(states, code_places, axis=1)

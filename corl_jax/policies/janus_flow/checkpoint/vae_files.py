@@ -32,11 +32,12 @@ def read_vae(folder: Path, problems: Problems) -> SdVaeConfig:
     Raises: InputError without a VAE, with the command that downloads it.
     """
     place = sd_vae.find_vae_of(folder)
-    vae_problems = Problems()
-    sizes = sd_vae.read_sizes(place, vae_problems)
-    if not vae_problems:
-        vae_problems.add(_find_scaling_problems(sizes, str(place / "config.json"), place))
-    problems.add(vae_problems)
+    problems_of_file = Problems()
+    sizes = sd_vae.read_sizes(place, problems_of_file)
+    # A file that is not read has default sizes, whose problems would be no problems of its own.
+    if not problems_of_file:
+        problems_of_file.add(_find_scaling_problems(sizes, str(place / "config.json"), place))
+    problems.add(problems_of_file)
     return sizes
 
 
