@@ -277,6 +277,9 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     add("--mask", type=parse_place, metavar="MASK",
         help="an image of the size of --inpaint, white where that is drawn anew, black where it is "
         "kept")  # fmt: skip
+    add("--spread-steps", action="store_true",
+        help="with --inpaint: spread the steps over the codes that are drawn (default: over all "
+        "codes, as Show-o does, so that the first steps draw one code each)")  # fmt: skip
     add("--think", action="store_true", help="write a plan before each image, as algorithm.tasks "
         "think trains it; the plan is in samples.jsonl")  # fmt: skip
     add_token_options(parser, "a plan")

@@ -90,6 +90,8 @@ class Unmasking:
     steps: int | None = None  # of the sampler; None: as usual for the number of codes
     logprobs: Literal["one_shot", "complement", "trajectory", "none"] = "one_shot"
     scored_steps: int = 0  # of a trajectory, chosen at random for each image; 0: all
+    # In-painting: the steps are spread over the codes that are drawn, and not over all codes.
+    count_unknown: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
