@@ -21,7 +21,7 @@ from corl_jax.devices.mesh import batch_sharding, param_shardings
 from corl_jax.params import merge, partition
 from corl_jax.policies.choices import split_steps
 from corl_jax.policies.family import NOISE_KEYS
-from corl_jax.tasks import CODES, TASKS, TEXT, image_tasks, name_turns
+from corl_jax.tasks import LATENTS, TASKS, TEXT, image_tasks, name_turns
 from corl_jax.train import build
 from corl_jax.train.memory import count_turn_tokens, get_segment_length
 from corl_jax.train.optimizer import make_optimizer, master_dtype
@@ -152,10 +152,13 @@ def make_batch(
     compares = outline.stage.compares
 
     def prepare_for_learning(segment: Segment) -> Segment:
+        if segment.kind == TEXT:
+            return dataclasses.replace(segment, logprobs=None, replay={})
         bits = jax.random.key_data(jax.random.key(0))
         noise = {NOISE_KEYS: shape((rows, *bits.shape), bits.dtype)}
-        replay = segment.replay | noise if segment.kind == CODES else {}
-        return dataclasses.replace(segment, logprobs=None, replay=replay)
+        # Latents of data are scored at one time, codes one by one.
+        mask = shape(segment.values.shape[:2], jnp.bool_)
+        return Segment(segment.kind, segment.values, mask, replay=segment.replay | noise)
 
     samplers, params = build.make_samplers(outline), outline.family.abstract(outline.sizes)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
@@ -168,7 +171,7 @@ def make_batch(
             segment if compares else prepare_for_learning(segment)
             for segment in attach_shardings(sampled, batch_sharding(outline.mesh))
         )
-        logprobs = tuple(shape(segment.mask.shape, jnp.float32) for segment in segments)
+        further = {name: _make_scores(name, segments, shape) for name in extra}
         if outline.family.place_codes is not None:  # see train.image_codes
             prompts = dataclasses.replace(prompts, pixel_values=None)
         return TaskBatch(
@@ -176,10 +179,32 @@ def make_batch(
             segments,
             shape((rows,), jnp.float32) if compares else None,
             turns=TASKS[task].turn_kinds,
-            **dict.fromkeys(extra, logprobs),
+            **further,
         )
 
     return {task: make_task(task) for task in tasks}
+
+
+def _make_scores(name: str, segments: Sequence[Segment], shape: Any) -> tuple[Any, ...] | None:
+    """Returns shapes of the scores of segments by a field of `TaskBatch`; None if it has none."""
+    has_velocities = name == "ref_velocities"
+    # The reference's velocities of a step are as large as the image; its log-probs are not used.
+    scores = tuple(
+        None
+        if name != "old_logprobs" and has_velocities != (segment.kind == LATENTS)
+        else shape(
+            (*segment.mask.shape, *(segment.values.shape[2:] if has_velocities else ())),
+            jnp.float32,
+        )
+        for segment in segments
+    )
+    return scores if any(score is not None for score in scores) else None
+
+
+def _make_image_values(segments: Sequence[Segment], count: int) -> Any:
+    """Returns the shape of `count` images as a family's `decode_images` takes them."""
+    values = next(segment.values for segment in segments if segment.kind != TEXT)
+    return jax.ShapeDtypeStruct((count, *values.shape[1:]), values.dtype)
 
 
 def _count_rounds(outline: RunOutline, task: str) -> int:
@@ -207,22 +232,27 @@ def make_programs(
     with_greedy = build.uses_greedy(outline)
     drawn = count * (group + with_greedy)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), drawn))
+    samplers = build.make_samplers(outline, greedy_last=with_greedy)
+    inputs = {
+        task: (make_prompts(outline, task, count, lengths), attach_shardings(keys, rows))
+        for task in samplers
+        if task in outline.tasks
+    }
     programs = [
         Program(
             f"sample {task}",
-            jax.jit(sampler),
+            jax.jit(samplers[task]),
             (params,),
-            (make_prompts(outline, task, count, lengths), attach_shardings(keys, rows)),
+            of_task,
             calls=share * (config.train.prompts_per_step // count),
             rounds=_count_rounds(outline, task),
         )
-        for task, sampler in build.make_samplers(outline, greedy_last=with_greedy).items()
-        if task in outline.tasks
+        for task, of_task in inputs.items()
     ]
-    for _ in image_tasks(outline.tasks):
+    for task in image_tasks(outline.tasks):
         scored = config.train.prompts_per_step * (group + with_greedy)
-        shape = (scored, get_segment_length(outline, CODES))
-        codes = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+        segments = jax.eval_shape(samplers[task], params, *inputs[task])
+        codes = attach_shardings(_make_image_values(segments, scored), rows)
         decode = functools.partial(outline.family.decode_images, outline.sizes)
         programs.append(Program("codes to pixels", jax.jit(decode), (params,), (codes,), share))
     steps = build.make_steps(outline, optimizer, shardings)
@@ -243,7 +273,7 @@ def make_update_programs(
     has_reference, penalty = resident.reference is not None, build.make_kl_penalty(outline)
     scored_policy = outline.updates_per_step > 1 or penalty is not None
     old = ("old_logprobs",) if outline.updates_per_step > 1 else ()
-    ref = ("ref_logprobs",) if has_reference and penalty is None else ()
+    ref = ("ref_logprobs", "ref_velocities") if has_reference and penalty is None else ()
     programs = []
     for tasks in updates:
         name = f" {tasks[0]}" if period else ""

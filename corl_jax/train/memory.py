@@ -259,14 +259,33 @@ def get_segment_length(plan: RunOutline, kind: str) -> int:
     return {TEXT: plan.config.rollout.max_new_tokens, CODES: plan.limits.image_tokens}[kind]
 
 
+def _count_trained_steps(plan: RunOutline, turn: Turn) -> int:
+    """Counts how often an update reads the last segment of a turn.
+
+    An image that is made by denoising is read at each of its trained steps, and once if it is data.
+    """
+    if not plan.family.denoises or turn.segments[-1] != CODES or not plan.stage.compares:
+        return 1
+    return plan.config.denoising.window or plan.config.denoising.steps
+
+
+def _is_guided(plan: RunOutline, turn: Turn) -> bool:
+    """Returns whether an update reads an image with its prompt and without it."""
+    if turn.segments[-1] != CODES:
+        return False
+    # The steps of denoising are scored with the guidance that drew them, whatever the option says.
+    if plan.family.denoises:
+        return plan.config.rollout.cfg_scale != 1
+    return plan.config.algorithm.image_logprobs == "guided"
+
+
 def _count_update_rows(plan: RunOutline, turn: Turn) -> int:
     """Counts the rows of one micro-batch on all devices; guided log-probs need two per image."""
     config = plan.config
     if not plan.stage.samples:
         return config.train.micro_batch or config.train.prompts_per_step
-    guided = turn.segments[-1] == CODES and config.algorithm.image_logprobs == "guided"
     rows = (config.train.micro_batch or config.train.prompts_per_step) * config.rollout.group_size
-    return rows * (1 + guided)
+    return rows * (1 + _is_guided(plan, turn))
 
 
 def _count_activations(plan: RunOutline, turn: Turn, prompt: int) -> int:
@@ -274,7 +293,7 @@ def _count_activations(plan: RunOutline, turn: Turn, prompt: int) -> int:
     limits = plan.limits
     wide = 3 * limits.inner_width + 4 * limits.width
     inner_numbers = {"full": 0, "dots": wide, "none": 2 * wide}[plan.config.model.remat]
-    length = prompt + count_turn_tokens(plan, turn)
+    length = prompt + _count_trained_steps(plan, turn) * count_turn_tokens(plan, turn)
     numbers = length * limits.layers * (limits.width + inner_numbers)
     return _count_update_rows(plan, turn) * numbers // num_batch_shards(plan.mesh)
 
@@ -291,6 +310,8 @@ def _count_scores(plan: RunOutline, turn: Turn, prompt: int) -> int:
     limits = plan.limits
     layers = limits.layers if plan.config.model.remat == "none" else 1
     numbers = layers * limits.heads * (prompt + count_turn_tokens(plan, turn)) ** 2
+    # Each step sees the prompt and its own tokens alone.
+    numbers *= _count_trained_steps(plan, turn)
     return (
         _count_update_rows(plan, turn)
         * numbers

@@ -28,7 +28,7 @@ from corl_jax.devices.mesh import constrain
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.family import Family, LogprobOptions, MeasureKl, Scores
-from corl_jax.tasks import LATENTS, TurnKinds, name_segments
+from corl_jax.tasks import CODES, LATENTS, TurnKinds, name_segments
 from corl_jax.train.agreement import measure_agreement, pick_first
 from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
 
@@ -72,7 +72,9 @@ class TaskBatch:
     @property
     def turn_kinds(self) -> TurnKinds:
         """The kinds of the segments of each turn, by which a family finds how to score them."""
-        return self.turns or (self.kinds,)
+        # Turns name the choices of an image CODES, whatever they are; see `tasks.LATENTS`.
+        kinds = tuple(CODES if kind == LATENTS else kind for kind in self.kinds)
+        return self.turns or (kinds,)
 
 
 Batch = dict[str, TaskBatch]

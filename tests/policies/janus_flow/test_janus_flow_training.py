@@ -1,0 +1,173 @@
+"""A tiny JanusFlow goes through the program: every stage, resuming, export, commands."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from corl_jax import generate
+from corl_jax.params import flatten
+from corl_jax.plan import __main__ as plan
+from corl_jax.policies import load_policy
+from corl_jax.train import __main__ as command
+from corl_jax.weights.export import convert
+from tests.support import tiny_flow, tiny_runs
+
+DIFFERENCE = "sampling/sampling_logp_difference/max"
+DENOISING = {"steps": 3, "window": 2, "window_starts": 2, "eval_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_flow.model_dir(tmp_path_factory.mktemp("models") / "flow")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return tiny_runs.rows_file(tmp_path_factory.mktemp("data") / "rows.parquet")
+
+
+def make_options(model, rows, output, **changes):
+    changes = {"rollout": {"cfg_scale": 2.0}, "denoising": DENOISING} | changes
+    # The system prompt alone has more than 100 tokens of this tokenizer.
+    changes["data"] = {"max_prompt_length": 256} | changes.get("data", {})
+    return tiny_runs.options(model, rows, output, **changes)
+
+
+def run(model, rows, output, *more, **changes):
+    tree = make_options(model, rows, output, **changes)
+    path = tiny_runs.write_config(output.with_suffix(".yaml"), tree)
+    command.main(["--config", str(path), *more])
+    return tiny_runs.metric_lines(output)
+
+
+def refuse(capsys, model, rows, output, **changes) -> str:
+    path = tiny_runs.write_config(
+        output.with_suffix(".yaml"), make_options(model, rows, output, **changes)
+    )
+    with pytest.raises(SystemExit) as error:
+        command.main(["--config", str(path), "--check"])
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_both_tasks_with_several_updates_and_micro_batches(model, rows, tmp_path, one_device):
+    lines = run(
+        model, rows, tmp_path / "run", train={"micro_batch": 2, "max_steps": 1},
+        algorithm={"num_iterations": 2, "kl_coef": 0.1}, export={"layout": "original"},
+    )  # fmt: skip
+    line = lines[0]
+    assert 0 <= line["t2i/ratio_first"] < 1e-5 and line[f"mm2t/{DIFFERENCE}"] < 1e-4
+    assert line["t2i/kl"] > 0 and line["mm2t/kl"] > 0, "the first update moved the policy"
+    assert line["t2i/completions/mean_length"] == DENOISING["window"]
+    assert line["t2i/group_difference"] > 0
+    # The clip range of steps is so narrow that one update leaves it.
+    assert line["t2i/clip_ratio/region_mean"] > 0
+    assert (tmp_path / "run" / "export" / "vae" / "config.json").is_file()
+    trained, start = load_policy(tmp_path / "run" / "export"), load_policy(model)
+    assert trained.family.name == "janus_flow" and trained.sizes == start.sizes
+    found, before = flatten(trained.params), flatten(start.params)
+    for path, leaf in found.items():
+        is_frozen = path.split("/")[0] in ("vae", "vision_model", "aligner", "begin_embedding")
+        assert np.array_equal(leaf, before[path]) == is_frozen, path
+    convert(tmp_path / "run" / "export", tmp_path / "jax", trained.family.kind)
+    again = flatten(load_policy(tmp_path / "jax").params)
+    assert all(np.array_equal(again[path], leaf) for path, leaf in found.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamics", ["flow", "dance", "cps"])
+def test_micro_batches_change_nothing(model, rows, tmp_path, one_device, dynamics):
+    changes = {
+        "algorithm": {"tasks": "t2i", "kl_coef": 0.1, "num_iterations": 2},
+        "denoising": DENOISING | {"dynamics": dynamics},
+        "rewards": [{"name": "t2i_pixel_mse"}], "train": {"max_steps": 1},
+    }  # fmt: skip
+    whole = run(model, rows, tmp_path / "whole", **changes)[0]
+    changes["train"] = {"max_steps": 1, "micro_batch": 1}
+    pieces = run(model, rows, tmp_path / "pieces", **changes)[0]
+    for name in ("loss", "grad_norm", "t2i/kl", "t2i/entropy"):
+        assert pieces[name] == pytest.approx(whole[name], rel=1e-3), name
+    assert max(line["t2i/ratio_first"] for line in (whole, pieces)) < 1e-5
+
+
+@pytest.mark.slow
+def test_it_resumes_to_the_bit(model, rows, tmp_path, one_device):
+    changes = {"checkpoint": {"every": 1}, "algorithm": {"kl_coef": 0.1}}
+    whole = run(model, rows, tmp_path / "whole", **changes)
+    run(model, rows, tmp_path / "halves", "train.stop_after=1", **changes)
+    halves = run(model, rows, tmp_path / "halves", **changes)
+    for name in ("loss", "grad_norm", "t2i/loss", "t2i/kl"):
+        assert [line.get(name) for line in whole] == [line.get(name) for line in halves]
+
+
+def test_the_supervised_stage_learns_given_images_and_answers(model, rows, tmp_path, one_device):
+    lines = run(
+        model, rows, tmp_path / "run", stage="sft", rewards=[], rollout={}, algorithm={},
+        sft={"caption_column": "caption"}, train={"max_steps": 8},
+        optimizer={"learning_rate": 3e-3, "schedule": "constant"},
+    )  # fmt: skip
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert {"t2i/nll", "mm2t/nll", "caption/nll"} <= lines[0].keys()
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_and_merged(model, rows, tmp_path, one_device):
+    lines = run(
+        model, rows, tmp_path / "run", lora={"rank": 2}, rewards=[{"name": "t2i_pixel_mse"}],
+        algorithm={"tasks": "t2i", "kl_coef": 0.1}, export={"layout": "original"},
+    )  # fmt: skip
+    assert lines[0]["t2i/kl"] == pytest.approx(0, abs=1e-6) and lines[1]["t2i/kl"] > 0
+    merged, before = load_policy(tmp_path / "run" / "export"), load_policy(model)
+    name = ("language_model", "layers", "attn", "q_proj", "kernel")
+    changed = [np.asarray(flatten(x.params)["/".join(name)]) for x in (merged, before)]
+    assert (changed[0] != changed[1]).any()
+
+
+def test_commands_draw_and_answer(model, tmp_path, capsys, one_device):
+    generate.main([
+        "image", "--model", str(model), "--prompt", "a red circle", "--images-per-prompt", "2",
+        "--out", str(tmp_path / "images"), "--dtype", "float32", "--image-steps", "2",
+    ])  # fmt: skip
+    assert "cfg_scale 2 (default)" in capsys.readouterr().err
+    images = sorted((tmp_path / "images").glob("0*.png"))
+    drawn = [np.asarray(Image.open(image)) for image in images]
+    assert len(drawn) == 2 and drawn[0].shape == (16, 16, 3) and (drawn[0] != drawn[1]).any()
+    records = (tmp_path / "images" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tokens"] for line in records] == [[], []]
+    generate.main([
+        "text", "--model", str(model), "--image", str(images[0]), "--question", "how many?",
+        "--max-new-tokens", "3", "--dtype", "float32",
+    ])  # fmt: skip
+    assert 1 <= len(json.loads(capsys.readouterr().out)["tokens"]) <= 3
+
+
+def test_a_plan_has_the_latents_that_a_run_has(model, rows, tmp_path, capsys):
+    tree = make_options(model, rows, tmp_path / "run", algorithm={"tasks": "t2i", "kl_coef": 0.1})
+    path = tiny_runs.write_config(tmp_path / "run.yaml", tree)
+    plan.main([str(path), "--topology", "local", "--only", "codes",
+               "train.prompts_per_step=8"])  # fmt: skip
+    assert "codes to pixels" in capsys.readouterr().out
+
+
+# ---- refusals, before any device work
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": {"group_size": 1}}, "rollout.group_size: found 1"),
+        ({"denoising": {"steps": 3, "window": 4}}, "denoising: window"),
+        ({"algorithm": {"name": "remax"}}, "compares with a greedy completion"),
+        ({"algorithm": {"kl_coef": 0.1, "kl_in": "reward"}}, "algorithm.kl_in: found reward"),
+        ({"algorithm": {"tasks": "think"}}, "which a janus_flow does not make"),
+        ({"algorithm": {"tasks": "self_qa"}}, "which a janus_flow does not make"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(model, rows, tmp_path, capsys, changes, message):
+    found = refuse(capsys, model, rows, tmp_path / "run", **changes)
+    assert message in found and not (tmp_path / "run").exists()
