@@ -31,7 +31,8 @@ from corl_jax.policies import FAMILIES
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.rewards import networks, registry
-from corl_jax.train import fit
+from corl_jax.train import fit, resolve
+from corl_jax.train.recipe_options import find_denoising_problems
 from corl_jax.train.stages import STAGES as STAGE_TABLE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,8 @@ CONFIGS, DOCS = ROOT / "configs", ROOT / "docs"
 FILES = [f"{name}.yaml" for name in list_configs()]
 JANUS = [name for name in FILES if name.startswith(("janus_pro_", "janus_1_3b"))]
 SHOW_O = [name for name in FILES if name.startswith("show_o_")]
-PAPER = [*JANUS, *SHOW_O]
+JANUS_FLOW = [name for name in FILES if name.startswith("janus_flow_")]
+PAPER = [*JANUS, *SHOW_O, *JANUS_FLOW]
 STAGES = ("unified", "refined_t2i", "refined_mc", "refined_oe")
 # Beside unified training: each task alone, both in turn, and supervised training.
 PARADIGMS = ("t2i", "mm2t", "alternating", "cold_sft")
@@ -47,8 +49,9 @@ PARADIGMS = ("t2i", "mm2t", "alternating", "cold_sft")
 SELF = ("self_qa", "self_sft", "self_sft_through")
 DEVICES = (1, 2, 4, 8)
 # 12 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
-# few configs set one. 4 belong to models that draw the codes of an image in any order.
-MAX_OPTIONS = 127
+# few configs set one. 4 belong to models that draw the codes of an image in any order, and 10 to
+# those that make images by denoising.
+MAX_OPTIONS = 137
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".html")
 
@@ -378,6 +381,22 @@ def test_a_show_o_config_fits_its_model(name):
     if STAGE_TABLE[config.stage].samples:
         assert config.rollout.cfg_scale - 1 == (5.0 if "512" in name else 1.75)
         assert config.unmasking.steps == 16
+
+
+@pytest.mark.parametrize("name", JANUS_FLOW)
+def test_a_janus_flow_config_fits_its_model(name):
+    """Positions, trained parts, the layout of the export, and JanusFlow's own guidance."""
+    config, family = load(name), FAMILIES["janus_flow"]
+    sizes, stage = family.presets["janusflow-1.3b"], STAGE_TABLE[config.stage]
+    assert find_sizes(config.model.path, None) == (family, sizes)
+    assert fit.choose_layout(config, family).export.layout == "original"
+    assert not fit.find_model_problems(config, family, sizes, None)
+    assert not find_denoising_problems(config, stage, family)
+    assert not resolve.find_missing_abilities(config, stage, family, sizes)
+    if stage.samples:
+        assert config.rollout.cfg_scale == 2.0 and config.algorithm.kl_coef == 0.004
+        assert (config.denoising.steps, config.denoising.window) == (10, 2)
+        assert config.denoising.window_starts == 5
 
 
 def test_a_question_longer_than_the_room_beside_an_image_is_no_problem_at_512_pixels():
