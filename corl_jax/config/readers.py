@@ -139,8 +139,6 @@ READERS = (
     ),
     Reader(r"denoising\.window_starts", "denoising.window above 0",
            lambda config, _: config.denoising.window > 0),
-    Reader(r"denoising\.shift", "denoising.schedule linspace or euler_discrete",
-           lambda config, _: config.denoising.schedule in ("linspace", "euler_discrete")),
     Reader(r"denoising\.kl", "algorithm.kl_coef above 0",
            lambda config, _: config.algorithm.kl_coef > 0),
     Reader(r"denoising\.clip", "algorithm.num_iterations above 1",

@@ -6,8 +6,6 @@ image holds its latents from the noise to the image, and its choices are the noi
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +28,7 @@ from corl_jax.algorithms.flow.trajectory import (
     take_step_latents,
 )
 from corl_jax.algorithms.flow.windows import draw_starts, fit_window, list_steps, mark_steps
-from corl_jax.policies.family import NOISE_KEYS, Denoising, LogprobOptions
+from corl_jax.policies.family import NOISE_KEYS, Denoising, LatentScores, LogprobOptions
 from corl_jax.tasks import LATENTS
 from corl_jax.types import Segment
 
@@ -68,10 +66,8 @@ def draw_latents(
     return Segment(LATENTS, drawn.latents, jnp.ones(steps.shape, bool), logprobs, {STEPS: steps})
 
 
-def score_latents(
-    velocity: Velocity, segment: Segment, denoising: Denoising
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes (log-probs, entropies) [N, T] and velocities [N, T, ...] of the scored steps.
+def score_latents(velocity: Velocity, segment: Segment, denoising: Denoising) -> LatentScores:
+    """Computes log-probs [N, T] and velocities [N, T, ...] of the scored steps.
 
     `velocity` is called once, with N * T rows: those of a sample are neighbours.
     """
@@ -83,22 +79,16 @@ def score_latents(
     velocities = velocity(before, times)
     mean = predict_mean(before, velocities, transitions)
     logprobs = compute_logprobs(after, mean, transitions, denoising.sde.dynamics)
-    # The entropy of a Gaussian for each element; it does not depend on the network.
-    entropies = jnp.log(transitions.std) + 0.5 * math.log(2 * math.pi * math.e)
     shape = steps.shape
-    return (
-        logprobs.reshape(shape),
-        entropies.reshape(shape),
-        velocities.reshape(*shape, *velocities.shape[1:]),
-    )
+    return logprobs.reshape(shape), None, velocities.reshape(*shape, *velocities.shape[1:])
 
 
-def score_given(velocity: Velocity, segment: Segment) -> tuple[jax.Array, jax.Array, jax.Array]:
+def score_given(velocity: Velocity, segment: Segment) -> LatentScores:
     """Scores images of data: minus the squared error of the velocity at one time of each.
 
     `segment.values` [N, 1, ...] are their latents. Time and noise come from NOISE_KEYS; the time is
-    the logistic function of a normal number. Returns (minus the mean error, zeros) [N, 1] and the
-    velocities [N, 1, ...], so that the loss of given completions is that of rectified flow.
+    the logistic function of a normal number. Returns minus the mean error [N, 1] and the velocities
+    [N, 1, ...], so that the loss of given completions is that of rectified flow.
     Source: JanusFlow (arXiv 2411.07975) eq. 4; Stable Diffusion 3 (arXiv 2403.03206).
     """
     images = segment.values[:, 0].astype(jnp.float32)
@@ -108,7 +98,7 @@ def score_given(velocity: Velocity, segment: Segment) -> tuple[jax.Array, jax.Ar
     shares = times.reshape(-1, *(1,) * (images.ndim - 1))
     velocities = velocity((1 - shares) * images + shares * noise, times)
     errors = average_elements((velocities - (noise - images)) ** 2)[:, None]
-    return -errors, jnp.zeros_like(errors), velocities[:, None]
+    return -errors, None, velocities[:, None]
 
 
 def measure_kl(
@@ -120,8 +110,9 @@ def measure_kl(
     """
     steps, denoising = segment.replay[STEPS], options.denoising
     transitions = take_step_transitions(steps, denoising)
-    flat = [x.reshape(-1, *x.shape[2:]) for x in (velocities, reference)]
-    return compute_kl(*flat, transitions, denoising.kl).reshape(steps.shape)
+    shape = (-1, *velocities.shape[2:])
+    velocities, reference = velocities.reshape(shape), reference.reshape(shape)
+    return compute_kl(velocities, reference, transitions, denoising.kl).reshape(steps.shape)
 
 
 def tabulate_sigmas(denoising: Denoising) -> np.ndarray:

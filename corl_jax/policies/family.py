@@ -182,8 +182,13 @@ class LogprobOptions:
 
 Sample = Callable[[Sizes, Params, EncodedPrompts, jax.Array, SamplingOptions], tuple[Segment, ...]]
 """(sizes, params, B prompts, N keys, options) -> the segments of all turns, each of N rows."""
-Scores = tuple[jax.Array, jax.Array] | tuple[jax.Array, jax.Array, jax.Array]
-"""(log-probs, entropies) [N, T] of a segment; of latents also the velocities [N, T, ...]."""
+LatentScores = tuple[jax.Array, None, jax.Array]
+"""(log-probs [N, T], None, velocities [N, T, ...]) of latents.
+
+The entropy of a denoising step is that of its noise, which no network changes, so there is none.
+"""
+Scores = tuple[jax.Array, jax.Array] | LatentScores
+"""(log-probs, entropies) [N, T] of a segment; see `LatentScores` for those of latents."""
 Logprobs = Callable[
     [Sizes, Params, EncodedPrompts, tuple[Segment, ...], LogprobOptions], tuple[Scores, ...]
 ]

@@ -14,7 +14,7 @@ from corl_jax.config.schema import Algorithm, Config
 from corl_jax.policies.family import Denoising as SamplerDenoising
 from corl_jax.policies.family import Family
 from corl_jax.tasks import TASKS, TEXT, choose_tasks
-from corl_jax.train.stages import Stage
+from corl_jax.train.stages import STAGES, Stage
 
 KL_ESTIMATORS = {"loss": "k3", "reward": "k1"}
 """Place of the KL penalty -> its estimator where a config moves the penalty of a recipe."""
@@ -141,6 +141,8 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
             "unmasking.",
             "algorithm.image_",
             "sft.released",
+            "guards.duplicates",
+            *_list_options_of_tokens(config),
         )
         way = "makes images by denoising"
     elif any(program.choose_scored for program in family.turns.values()):
@@ -156,16 +158,35 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
     ]
 
 
+def _list_options_of_tokens(config: Config) -> tuple[str, ...]:
+    """Returns the options that only texts read, if no task of the run makes one."""
+    tasks = [TASKS[name] for name in choose_tasks(config.algorithm.tasks)]
+    if not STAGES[config.stage].compares or any(task.makes_text for task in tasks):
+        return ()
+    learning = (
+        "algorithm.kl_estimator", "algorithm.clip_low", "algorithm.clip_high", "guards.entropy",
+    )  # fmt: skip
+    has_suites = config.eval.suite != "none" or config.eval.suites
+    return learning if has_suites else (*learning, "rollout.temperature")
+
+
 def find_denoising_problems(config: Config, stage: Stage, family: Family) -> list[str]:
     """Returns the options with which a model that makes images by denoising cannot be trained."""
+    if not family.denoises:
+        return []
+    options = config.denoising
+    try:
+        # Evaluations of every stage draw images at these times.
+        sigmas = make_sigmas(options.schedule, options.steps, options.shift, num_tokens=1)
+    except ValueError as error:
+        return [f"denoising: {error}"]
     # An unknown name of an algorithm is a problem already.
     if not stage.compares or config.algorithm.name not in RECIPES:
         return []
     tasks = [TASKS[name] for name in choose_tasks(config.algorithm.tasks)]
-    if not family.denoises or not any(task.makes_image for task in tasks):
+    if not any(task.makes_image for task in tasks):
         return []
-    recipe, algorithm, options = RECIPES[config.algorithm.name], config.algorithm, config.denoising
-    problems = []
+    recipe, algorithm, problems = RECIPES[config.algorithm.name], config.algorithm, []
     if recipe.uses_greedy:
         problems.append(
             f"algorithm.name: found {algorithm.name}, which compares with a greedy completion; a "
@@ -178,7 +199,6 @@ def find_denoising_problems(config: Config, stage: Stage, family: Family) -> lis
             "loss; set it to loss, or algorithm.kl_coef to 0"
         )
     try:
-        sigmas = make_sigmas(options.schedule, options.steps, options.shift, num_tokens=1)
         fit_window(choose_window(options), sigmas, Sde(options.dynamics, options.noise_level))
     except ValueError as error:
         problems.append(f"denoising: {error}")

@@ -126,7 +126,7 @@ def make_loss_inputs(
             advantages=task.advantages,
             old_logprobs=old,
             ref_logprobs=ref,
-            kl=measure_kl(segment, *velocities, reference, options.logprobs)
+            kl=measure_kl(segment, velocities[0], reference, options.logprobs)
             if measure_kl is not None and reference is not None
             else None,
             entropy=entropy,
@@ -141,13 +141,13 @@ def make_loss_inputs(
 
 
 def weigh_tokens(
-    segment: Segment, entropy: jax.Array, selections: tuple[TokenSelection, ...]
+    segment: Segment, entropy: jax.Array | None, selections: tuple[TokenSelection, ...]
 ) -> jax.Array | None:
     """Returns the weights [N, T] of a segment's tokens; None if all count the same."""
     weights = [
         weigh_by_entropy(entropy, segment.mask, selection.share)
         for selection in selections
-        if selection.kind == segment.kind
+        if selection.kind == segment.kind and entropy is not None
     ]
     return functools.reduce(jnp.multiply, weights) if weights else None
 

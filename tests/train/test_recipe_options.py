@@ -8,6 +8,7 @@ from corl_jax import policies
 from corl_jax.algorithms.losses import LossConstants
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config import files as config_files
+from corl_jax.config.denoising import Denoising
 from corl_jax.config.readers import find_unused_options
 from corl_jax.config.schema import Config
 from corl_jax.train import __main__ as command
@@ -15,8 +16,11 @@ from corl_jax.train import build, resolve
 from corl_jax.train.recipe_options import (
     complete_algorithm,
     find_algorithm_problems,
+    find_denoising_problems,
     find_ignored_options,
+    find_unread_options,
 )
+from corl_jax.train.stages import STAGES
 from docs.examples.bag_family import FAMILY
 from tests.support import bag_runs, tiny_runs
 
@@ -33,6 +37,71 @@ def make_config(name="grpo", group_size=8, prompts_per_step=4, **algorithm) -> C
             "algorithm": {"name": name} | algorithm,
         }
     )  # fmt: skip
+
+
+# ---- denoising
+
+
+def find_problems(config: Config, stage: str = "rl") -> list[str]:
+    return find_denoising_problems(config, STAGES[stage], policies.FAMILIES["janus_flow"])
+
+
+@pytest.mark.parametrize("stage", ["rl", "sft"])
+def test_a_schedule_without_a_shift_is_refused_before_an_evaluation_needs_it(stage):
+    config = make_config().model_copy(update={"denoising": Denoising(shift=3.0)})
+    assert find_problems(config, stage) == [
+        "denoising: schedule 'uniform' has no shift, found 3.0: leave shift at null"
+    ]
+    assert not find_denoising_problems(config, STAGES[stage], policies.FAMILIES["janus"])
+    config = config.model_copy(update={"denoising": Denoising(schedule="linspace", shift=3.0)})
+    assert not find_problems(config, stage)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"window": 4, "window_starts": 8}, "the largest start can be 6"),
+        ({"dynamics": "cps", "window": 10}, "only steps 0 to 8 of 10 have noise"),
+        ({"dynamics": "cps", "steps": 1}, "no step with noise"),
+        ({"dynamics": "cps", "noise_level": 1.5}, "at most 1.0"),
+    ],
+)
+def test_a_window_without_noise_is_refused_where_it_is_trained(changes, problem):
+    config = make_config().model_copy(update={"denoising": Denoising(**changes)})
+    (found,) = find_problems(config)
+    assert found.startswith("denoising: ") and problem in found
+    assert not find_problems(config, "sft")
+
+
+def test_a_greedy_baseline_and_a_penalty_in_the_reward_are_refused_for_latents():
+    (found,) = find_problems(make_config("remax", kl_coef=0.0))
+    assert "algorithm.name: found remax" in found and "choose one of grpo" in found
+    (found,) = find_problems(make_config(kl_coef=0.1, kl_in="reward"))
+    assert "algorithm.kl_in: found reward" in found
+    assert not find_problems(make_config("remax", tasks="mm2t"))
+
+
+def test_options_of_tokens_are_unread_where_all_completions_are_latents():
+    block = {"clip_low": 0.1, "kl_estimator": "k2", "image_logprobs": "guided"}
+    options = make_config(tasks="t2i", **block).model_dump()
+    options["rollout"]["temperature"], options["guards"]["duplicates"] = 0.5, 0.1
+    options["guards"]["entropy"] = 0.2
+
+    def list_keys(family: str, **changes: object) -> list[str]:
+        config = Config.model_validate(options | changes)
+        warnings = find_unread_options(config, policies.FAMILIES[family])
+        return sorted(warning.partition(":")[0] for warning in warnings)
+
+    of_images = ["algorithm.image_logprobs", "guards.duplicates"]
+    of_texts = ["algorithm.clip_low", "algorithm.kl_estimator", "guards.entropy"]
+    assert list_keys("janus_flow") == sorted([*of_images, *of_texts, "rollout.temperature"])
+    # The questions of an evaluation are answered at the temperature.
+    assert list_keys("janus_flow", eval={"suites": [{"suite": "tsv", "path": "x"}]}) == sorted(
+        [*of_images, *of_texts]
+    )
+    both = options["algorithm"] | {"tasks": "unified"}
+    assert list_keys("janus_flow", algorithm=both) == of_images
+    assert not list_keys("janus")
 
 
 # ---- completed

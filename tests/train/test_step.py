@@ -303,7 +303,7 @@ def recorded_iteration(monkeypatch, batch, **changes):
     calls = Recording()
     run = SimpleNamespace(**{
         "tasks": ("t2i", "mm2t"), "alternate_every": 0, "phases": Phases(),
-        "mesh": make_mesh(8), "frozen": {}, "moving": None, "kl_penalty": None,
+        "family": FAMILY, "mesh": make_mesh(8), "frozen": {}, "moving": None, "kl_penalty": None,
         "redraws": 0, "greedy_samplers": None,
         "num_iterations": 1, "mask_truncated": False, "reference": None, "group_size": GROUP,
         "train_step": calls.train, "logprob_step": calls.score,
