@@ -96,10 +96,7 @@ class Unmasking:
 
 @dataclasses.dataclass(frozen=True)
 class Denoising:
-    """How a family whose images are made by denoising draws and scores them.
-
-    Names and defaults are explained in `algorithms.flow`.
-    """
+    """How a family whose images are made by denoising draws and scores them: `algorithms.flow`."""
 
     steps: int = 30
     schedule: str = "uniform"
