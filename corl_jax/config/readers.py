@@ -141,7 +141,7 @@ READERS = (
            lambda config, _: config.denoising.window > 0),
     Reader(r"denoising\.kl", "algorithm.kl_coef above 0",
            lambda config, _: config.algorithm.kl_coef > 0),
-    Reader(r"denoising\.clip", "algorithm.num_iterations above 1",
+    Reader(r"denoising\.clip_range", "algorithm.num_iterations above 1",
            lambda config, _: config.algorithm.num_iterations > 1),
     Reader(r"unmasking\.scored_steps", "unmasking.logprobs trajectory",
            lambda config, _: config.unmasking.logprobs == "trajectory"),

@@ -218,7 +218,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         dtype=DTYPES[config.model.dtype],
         micro_batches=plan.micro_batches,
         selections=choose_selections(algorithm) if compares else (),
-        latent_clip=config.denoising.clip,
+        latent_clip=config.denoising.clip_range,
     )
 
 
