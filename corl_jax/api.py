@@ -51,6 +51,7 @@ class ImageKeywords(SamplingKeywords, total=False):
     image_steps: int | None
     inpaint: ImageSource | None  # an image of which a part is drawn anew
     mask: ImageSource | None  # of its size, white where it is drawn anew
+    spread_steps: bool  # with inpaint: over the codes that are drawn, not over all; False
     think: bool  # write a plan before each image, which is then its `info["plan"]`; False
     top_k: int | None
     top_p: float | None
@@ -73,6 +74,7 @@ DEFAULTS = {
     "show_progress": False,
     "system_prompt": "",
     "think": False,
+    "spread_steps": False,
 }
 """Values of the keywords that generation_config.json does not have."""
 
@@ -122,8 +124,8 @@ class LoadedModel:
         """Returns `n` images of a prompt, or for a list of prompts a list of `n` images of each.
 
         With `think` the model writes a plan before each image, which is `image.info["plan"]`.
-        Options: seed, cfg_scale, image_steps, inpaint, mask, temperature, greedy, batch_size,
-        show_progress, think, and of plans top_k, top_p, max_new_tokens.
+        Options: seed, cfg_scale, image_steps, inpaint, mask, spread_steps, temperature, greedy,
+        batch_size, show_progress, think, and of plans top_k, top_p, max_new_tokens.
 
         Raises:
             InputError: listing every problem of options and prompts.

@@ -267,8 +267,9 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     add("--out", type=parse_path, required=True, metavar="DIR", help="a new or empty folder")
     add("--images-per-prompt", type=int, default=1, metavar="N", dest="samples",
         help="number of images per prompt (default %(default)s)")  # fmt: skip
-    add("--cfg-scale", type=float, help="scale of guidance; 1: no guidance "
-        f"({describe_default('cfg_scale')}; 2 for JanusFlow)")  # fmt: skip
+    add("--cfg-scale", type=float,
+        help=f"scale of guidance; 1: no guidance ({describe_default('cfg_scale')}, 2 for a "
+        "JanusFlow)")  # fmt: skip
     add("--image-steps", type=int, metavar="N",
         help="steps of a model that draws the codes of an image in any order, such as Show-o "
         "(default 16 for images of up to 256 codes, else 50), or that makes images by denoising, "
@@ -279,6 +280,9 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     add("--mask", type=parse_place, metavar="MASK",
         help="an image of the size of --inpaint, white where that is drawn anew, black where it is "
         "kept")  # fmt: skip
+    add("--spread-steps", action="store_true",
+        help="with --inpaint: spread the steps over the codes that are drawn (default: over all "
+        "codes, as Show-o does, so that the first steps draw one code each)")  # fmt: skip
     add("--think", action="store_true", help="write a plan before each image, as algorithm.tasks "
         "think trains it; the plan is in samples.jsonl")  # fmt: skip
     add_token_options(parser, "a plan")

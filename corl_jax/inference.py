@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
-from corl_jax.errors import Problems
+from corl_jax.errors import InputError, Problems
 from corl_jax.sampling_options import HARMLESS, LARGEST, find_temperature_problems, is_number
 from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, PLANNED_GENERATION, Task
 
@@ -194,9 +194,11 @@ def cut_given_image(
 
     files = {name: getattr(options, name) for name in ("inpaint", "mask")}
     missing = [name for name, value in files.items() if value is None]
-    if len(missing) == len(files):
-        return None
     inpaint, mask = (spell(name) for name in files)
+    if len(missing) == len(files):
+        if options.spread_steps:
+            raise InputError(f"{spell('spread_steps')}: has an effect with {inpaint} alone")
+        return None
     problems, pictures = Problems(), {}
     if missing:
         problems.add(f"{spell(missing[0])}: not given; expected {inpaint} with {mask}")
@@ -283,7 +285,7 @@ def choose_image_sampling(
         # of plans; None without plans, and the first two if greedy
         top_k=options.top_k or 0, top_p=options.top_p or 1.0,
         max_new_tokens=options.max_new_tokens or 1,
-        unmasking=Unmasking(options.image_steps, "none"),
+        unmasking=Unmasking(options.image_steps, "none", count_unknown=options.spread_steps),
         denoising=Denoising(options.image_steps or Denoising.steps),
     )  # fmt: skip
 

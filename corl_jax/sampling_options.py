@@ -66,7 +66,7 @@ def complete_options(args: argparse.Namespace, names: Sequence[str]) -> list[str
         folder = None  # the function that loads the model reports it
     try:
         if folder:
-            defaults = DEFAULTS | find_family(folder).defaults
+            defaults = {**DEFAULTS, **find_family(folder).defaults}
             stated = read_generation(folder)
     except InputError as error:
         problems = error.problems

@@ -43,7 +43,7 @@ class Denoising(Section):
         "without the length of the step, as Flow-GRPO's code; latent_mse, velocity_mse: squared "
         "differences of means or velocities.",
     )
-    clip: PositiveFloat = option(
+    clip_range: PositiveFloat = option(
         1.0e-4,
         "Clip range of a step's ratio, in the place of algorithm.clip_low and clip_high. Log-probs "
         "of steps are means over the image, so ratios are close to 1.",

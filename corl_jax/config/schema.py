@@ -1,7 +1,7 @@
 """Defines every option of a run, with its type, range, default and meaning.
 
-`config.files` reads, checks and writes configs, `config.options` describes their options, and
-`config.checks` checks options against each other.
+`config.files` reads, checks and writes configs, `config.options` describes their options,
+`config.checks` checks options against each other, and `config.readers` finds those without effect.
 Sources in the texts: [P] the paper (arXiv 2505.17534), [R] its released script.
 """
 

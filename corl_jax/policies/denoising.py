@@ -49,6 +49,7 @@ def draw_latents(
     Without noise in the steps, the segment has the image alone, [N, 1, *shape], and no log-probs.
     """
     sigmas = tabulate_sigmas(denoising)
+    # float32 in any compute dtype: rounding to bfloat16 would move a log-prob by many clip ranges.
     start = draw_noise(keys, shape)
     if denoising.is_greedy:
         images = integrate_ode(velocity, start, sigmas)
@@ -74,6 +75,7 @@ def score_latents(velocity: Velocity, segment: Segment, denoising: Denoising) ->
     before, after = take_step_latents(segment.values, steps)
     transitions = take_step_transitions(steps, denoising)
     times = jnp.asarray(tabulate_sigmas(denoising), jnp.float32)[steps.reshape(-1)]
+    # One call for all steps, so that each prompt is read once for all of its images and steps.
     velocities = velocity(before, times)
     mean = predict_mean(before, velocities, transitions)
     logprobs = compute_logprobs(after, mean, transitions, denoising.sde.dynamics)

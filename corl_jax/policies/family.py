@@ -90,14 +90,13 @@ class Unmasking:
     steps: int | None = None  # of the sampler; None: as usual for the number of codes
     logprobs: Literal["one_shot", "complement", "trajectory", "none"] = "one_shot"
     scored_steps: int = 0  # of a trajectory, chosen at random for each image; 0: all
+    # In-painting: the steps are spread over the codes that are drawn, and not over all codes.
+    count_unknown: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Denoising:
-    """How a family whose images are made by denoising draws and scores them.
-
-    Names and defaults are explained in `algorithms.flow`.
-    """
+    """How a family whose images are made by denoising draws and scores them: `algorithms.flow`."""
 
     steps: int = 30
     schedule: str = "uniform"
@@ -358,6 +357,11 @@ class Family:
     def draws_in_any_order(self) -> bool:
         """True if the codes of an image are drawn in any order, in a number of steps."""
         return any(program.choose_scored for program in self.turns.values())
+
+    @property
+    def takes_image_steps(self) -> bool:
+        """True if an image is drawn in a number of steps that can be chosen."""
+        return self.draws_in_any_order or self.denoises
 
     def find_lack(self, task: Task, sizes: Sizes | None = None) -> str | None:
         """Returns what the task needs and the family lacks; None if the family can do the task.

@@ -268,7 +268,7 @@ def _compute_likelihood(
 ) -> jax.Array:  # fmt: skip
     score = family.turns[IMAGE_UNDERSTANDING.turn_kinds].logprobs
     options = LogprobOptions(special, remat="none")
-    ((logprobs, _),) = score(sizes, family.cast(params, dtype), prompts, (answer,), options)
+    ((logprobs, *_),) = score(sizes, family.cast(params, dtype), prompts, (answer,), options)
     total = jnp.where(answer.mask, logprobs, 0.0).sum(axis=-1)
     return jnp.exp(total / answer.mask.sum(axis=-1))
 

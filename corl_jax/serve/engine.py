@@ -72,7 +72,7 @@ class Engine:
 
         Raises: ApiError for a prompt without room, and for steps of a model that has none.
         """
-        if request.options.image_steps is not None and not self.model.family.draws_in_any_order:
+        if request.options.image_steps is not None and not self.model.family.takes_image_steps:
             raise ApiError(
                 400, f"image_steps: found {request.options.image_steps}; a "
                 f"{self.model.family.name} draws the codes of images one by one, so leave it out",

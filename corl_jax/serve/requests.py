@@ -119,7 +119,7 @@ def read_image_request(body: Any, side: int) -> ImageRequest:
     _check_fields(body, IMAGE_OPTIONS, IMAGE_FIELDS, problems)
     options = _start_options(
         body, cfg_scale=body.get("cfg_scale"), image_steps=body.get("image_steps"), think=False,
-        top_k=None, top_p=None, max_new_tokens=None,
+        spread_steps=False, top_k=None, top_p=None, max_new_tokens=None,
     )  # fmt: skip
     check_image_options(options, _spell_image, problems)
     # All other requests wait for the steps of one.
@@ -185,7 +185,7 @@ def _check_samples(options: argparse.Namespace, problems: Problems) -> None:
     if isinstance(options.samples, int) and options.samples > MAX_SAMPLES:
         problems.add(f"n: found {options.samples}; expected at most {MAX_SAMPLES}")
     for name, value in vars(options).items():
-        if isinstance(value, bool) and name not in ("greedy", "think"):
+        if isinstance(value, bool) and name not in ("greedy", "think", "spread_steps"):
             problems.add(f"{_spell_chat(name)}: found true or false; expected a number")
 
 

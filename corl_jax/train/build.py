@@ -74,9 +74,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         train_step=train_step,
         logprob_step=logprob_step,
         velocity_step=make_velocity_step(plan),
-        samplers=make_samplers(plan),
-        evaluation_samplers=make_samplers(plan, evaluates=True),
-        greedy_samplers=make_samplers(plan, greedy_last=True) if uses_greedy(plan) else None,
+        **make_run_samplers(plan),
         rewards=plan.rewards,
         networks=load_networks(plan),
         recipe=RECIPES[config.algorithm.name],
@@ -167,8 +165,9 @@ def make_steps(
 
 
 def make_velocity_step(plan: RunOutline) -> Callable:
-    """Returns the jitted velocities of the reference at the steps of images."""
-    return make_logprob_step(plan.family, plan.sizes, make_update_options(plan), velocities=True)
+    """Returns the jitted computing of the velocities of latents."""
+    options = make_update_options(plan)
+    return make_logprob_step(plan.family, plan.sizes, options, velocities=True)
 
 
 def state_shardings(
@@ -219,7 +218,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         dtype=DTYPES[config.model.dtype],
         micro_batches=plan.micro_batches,
         selections=choose_selections(algorithm) if compares else (),
-        latent_clip=config.denoising.clip,
+        latent_clip=config.denoising.clip_range,
     )
 
 
@@ -311,6 +310,15 @@ def make_samplers(
     return {
         name: bind_sampler(plan.family.turns[TASKS[name].turn_kinds].sample, plan.sizes, options)
         for name in plan.tasks
+    }
+
+
+def make_run_samplers(plan: RunOutline) -> dict[str, Any]:
+    """Returns the samplers of a run by the names of its fields."""
+    return {
+        "samplers": make_samplers(plan),
+        "evaluation_samplers": make_samplers(plan, evaluates=True),
+        "greedy_samplers": make_samplers(plan, greedy_last=True) if uses_greedy(plan) else None,
     }
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import jax
 
 from corl_jax import hub_headers
-from corl_jax.config.checks import find_unused_options
 from corl_jax.config.origins import Origin
+from corl_jax.config.readers import find_unused_options
 from corl_jax.config.schema import Config
 from corl_jax.console import print_status
 from corl_jax.devices import processes, startup

@@ -274,6 +274,7 @@ def make_batch(run: Run, state: TrainState, rollouts: Mapping[str, Rollout]) -> 
     if run.reference is not None or run.moving is not None:
         # Without the log-probs, so that both calls are of one program.
         scored = {t: dataclasses.replace(b, old_logprobs=None) for t, b in batch.items()}
+        # An exact divergence needs velocities, and no log-probs of the reference.
         latents = {t: b for t, b in scored.items() if LATENTS in b.kinds}
         tokens = {t: b for t, b in scored.items() if set(b.kinds) != {LATENTS}}
         with use_reference(run, state) as reference:

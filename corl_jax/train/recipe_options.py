@@ -8,8 +8,8 @@ from corl_jax.algorithms.flow.schedules import make_sigmas
 from corl_jax.algorithms.flow.steps import Sde
 from corl_jax.algorithms.flow.windows import Window, fit_window
 from corl_jax.algorithms.recipes import RECIPES, Recipe
-from corl_jax.config.checks import list_changes
 from corl_jax.config.denoising import Denoising
+from corl_jax.config.readers import list_changes
 from corl_jax.config.schema import Algorithm, Config
 from corl_jax.policies.family import Denoising as SamplerDenoising
 from corl_jax.policies.family import Family
@@ -145,7 +145,7 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
             *_list_options_of_tokens(config),
         )
         way = "makes images by denoising"
-    elif family.draws_in_any_order:
+    elif any(program.choose_scored for program in family.turns.values()):
         unread = ("compat.image_logprobs_unshifted", "denoising.")
         way = "draws the codes of images in any order"
     else:

@@ -159,6 +159,7 @@ def resolve_run(config: Config) -> ResolvedRun:
         problems.add(_find_scorer_problems(rewards.networks, mesh))
     sizes = loaders = evaluations = None
     if model:
+        config = fit.choose_layout(config, model.family)
         missing = find_missing_abilities(config, stage, model.family, model.sizes)
         problems.add([*missing, *_find_own_scorer_problems(config, rewards.used, model)])
         problems.add(find_denoising_problems(config, stage, model.family))
@@ -178,9 +179,9 @@ def resolve_run(config: Config) -> ResolvedRun:
     if held_out is not None:
         evaluations = [evaluate_held_out(config, held_out), *evaluations]
     return ResolvedRun(
-        config=fit.choose_layout(config, model.family), family=model.family, sizes=sizes,
-        special=model.processor.special, image=model.processor.image, mesh=mesh,
-        tasks=stage.tasks(config), steps=count_steps(config, train_loader),
+        config=config, family=model.family, sizes=sizes, special=model.processor.special,
+        image=model.processor.image, mesh=mesh, tasks=stage.tasks(config),
+        steps=count_steps(config, train_loader),
         model_dir=model.folder, processor=model.processor, rewards=rewards.by_task,
         networks=rewards.networks, train_loader=train_loader, evaluations=tuple(evaluations),
         warnings=[*rewards.warnings, *find_ignored_options(config),

@@ -1,4 +1,4 @@
-"""Statistics of sampled segments: lengths of texts, repetition of codes, spread of latents."""
+"""Statistics of sampled segments: lengths of texts, repeated codes, spread of latents."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ import typing
 import pytest
 import yaml
 
-from corl_jax.config import checks, options, unknown_keys
 from corl_jax.config import files as config_files
+from corl_jax.config import options, readers, unknown_keys
 from corl_jax.config.schema import Checkpoint, Config, RewardNetwork, Section
 from corl_jax.config.stages import STAGE_FACTS
 from corl_jax.errors import InputError
@@ -509,14 +509,14 @@ def test_options_that_contradict_each_other(write, overrides, part):
     ],
 )  # fmt: skip
 def test_an_option_without_effect_is_named_with_its_reader(write, overrides, found, reader):
-    lines = checks.find_unused_options(config_files.load(write(MINIMAL), overrides))
+    lines = readers.find_unused_options(config_files.load(write(MINIMAL), overrides))
     assert lines == [f"{found} has no effect; only {reader} reads it"]
 
 
 def test_every_row_of_the_table_of_readers_names_options():
     known = list(flat_keys(Config))
-    for reader in checks.READERS:
-        assert any(re.fullmatch(reader.options, key) for key in known), reader.options
+    for row in readers.READERS:
+        assert any(re.fullmatch(row.options, key) for key in known), row.options
 
 
 def flat_keys(section, prefix=""):
@@ -559,12 +559,12 @@ def test_options_that_only_look_ignored(write):
         ["optimizer.name=lion", "optimizer.b2=0.5"],
         ["guards.kl=null"],  # switched off
     ):
-        assert not checks.find_unused_options(config_files.load(path, overrides)), overrides
+        assert not readers.find_unused_options(config_files.load(path, overrides)), overrides
 
 
 def test_switches_of_rewards_are_the_registrys():
     found = {switch: tuple(x[0] for x in effects) for switch, effects in registry.COMPAT.items()}
-    assert found == checks.SWITCH_USERS
+    assert found == readers.SWITCH_USERS
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from corl_jax.cli import COMMANDS
 from corl_jax.config import files as config_files
 from corl_jax.config import options
 from corl_jax.config.chains import dump_stages, load_stages
-from corl_jax.config.checks import find_unused_options
+from corl_jax.config.readers import find_unused_options
 from corl_jax.config.schema import Compat, Config, EvalSuite, Reward, Section
 from corl_jax.config.shipped import describe_config, list_configs, list_studies
 from corl_jax.data.columns import COLUMNS

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from corl_jax.config import files as config_files
-from corl_jax.config.checks import find_unused_options
+from corl_jax.config.readers import find_unused_options
 from corl_jax.errors import InputError, RewardError
 from corl_jax.rewards import http as http_rewards
 from corl_jax.rewards import http_client, registry

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from corl_jax.config import files as config_files
-from corl_jax.config.checks import find_unused_options
+from corl_jax.config.readers import find_unused_options
 from corl_jax.config.schema import Guards as Options
 from corl_jax.errors import GuardError, InputError, RewardError
 from corl_jax.evaluation import shapes

@@ -8,8 +8,8 @@ from corl_jax import policies
 from corl_jax.algorithms.losses import LossConstants
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config import files as config_files
-from corl_jax.config.checks import find_unused_options
 from corl_jax.config.denoising import Denoising
+from corl_jax.config.readers import find_unused_options
 from corl_jax.config.schema import Config
 from corl_jax.train import __main__ as command
 from corl_jax.train import build, resolve

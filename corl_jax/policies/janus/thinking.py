@@ -171,7 +171,7 @@ def score_thinking(
     Each prompt is read once for its completions. With guided log-probs of images a second pass
     reads the unconditional rows.
     """
-    text, codes = segments
+    (text, codes), mask = segments, prompts.attention_mask
     model, special = network.bind(sizes, params), options.special
     plan_lengths = count_plan_tokens(text.values, special.eos)
     drawn = model.embed_image_tokens(codes.values)
@@ -190,9 +190,7 @@ def score_thinking(
         # Behind the last code of a short plan anything may stand: no state before it sees it.
         completion = jnp.take_along_axis(source, places[..., None], axis=1, mode="clip")
         embeds = model.embed_text(input_ids)
-        return compute_scoring_states(
-            model.language_model, embeds, prompts.attention_mask, completion, shifted
-        )
+        return compute_scoring_states(model.language_model, embeds, mask, completion, shifted)
 
     # Place 0 follows the prompt, place `plan_lengths` is BOI, and the first code follows it.
     code_places = (plan_lengths[:, None] + 1 + options.unshifted + jnp.arange(length))[..., None]

@@ -47,6 +47,7 @@ def score_steps(
     (latents,) = segments
     model = network.bind(sizes, params)
     if options.is_given:
+        # Each branch learns by itself: blanked prompts train the one without a prompt.
         plain = dataclasses.replace(options, cfg_scale=1.0)
         return (score_given(make_velocity(model, prompts, plain), latents),)
     return (score_latents(make_velocity(model, prompts, options), latents, options.denoising),)

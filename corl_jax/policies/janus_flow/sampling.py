@@ -50,6 +50,7 @@ def make_cached_velocity(
     conditional = read(model.make_prefix(prompts, special))
     if cfg_scale is None:
         return conditional
+    # A pass for each branch: the hundreds of tokens of each image fill a device already.
     other = read(model.make_blank_prefix(jnp.asarray(prompts.attention_mask), special))
     return lambda latents, times: guide_velocity(
         conditional(latents, times), other(latents, times), cfg_scale

@@ -163,7 +163,7 @@ def make_drawing(sizes: ShowOConfig, options: SamplingOptions) -> Drawing:
         special=options.special, guided=options.cfg_scale != 1.0, unmasking=options.unmasking,
         image_logprobs=options.image_logprobs, greedy=options.greedy,
         greedy_last=options.greedy_last, dtype=options.dtype,
-        attention=choose_kernel(sizes, options),
+        attention=choose_kernel(sizes, options), count_unknown=options.unmasking.count_unknown,
     )  # fmt: skip
 
 

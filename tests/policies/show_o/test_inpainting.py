@@ -94,6 +94,11 @@ def test_the_command_keeps_what_the_mask_does_not_show(model, folder, picture, m
         ["a red circle", "two"], 2, image_steps=3, seed=1, inpaint=Image.open(picture), mask=mask
     )
     np.testing.assert_array_equal([np.asarray(x) for row in drawn for x in row], files)
+    spread = model.generate_images(
+        ["a red circle", "two"], 2, image_steps=3, seed=1, inpaint=Image.open(picture), mask=mask,
+        spread_steps=True,
+    )  # fmt: skip
+    assert (np.array([np.asarray(x) for row in spread for x in row]) != np.array(files)).any()
 
 
 def refuse(capsys, model, tmp_path, *arguments) -> str:
@@ -109,6 +114,8 @@ def test_images_and_masks_that_cannot_be_used(folder, picture, mask, tmp_path, c
     assert "--mask: not given; expected --inpaint with --mask" in said
     said = refuse(capsys, folder, tmp_path, "--mask", mask)
     assert "--inpaint: not given; expected --inpaint with --mask" in said
+    said = refuse(capsys, folder, tmp_path, "--spread-steps")
+    assert "--spread-steps: has an effect with --inpaint alone" in said
     (tmp_path / "text.png").write_text("no image")
     bad = ("--inpaint", tmp_path / "text.png", "--mask", tmp_path / "none.png")
     said = refuse(capsys, folder, tmp_path, *bad)
