@@ -165,21 +165,21 @@ def find_unread_image_options(
 
     `user_options` lack the values that defaults and checkpoint add.
     """
-    family, problems = model.family, []
-    steps = user_options.image_steps
-    if steps is not None and not (family.draws_in_any_order or family.denoises):
+    family, steps, problems = model.family, user_options.image_steps, []
+    if steps is not None and not family.takes_image_steps:
         problems.append(
             f"{spell('image_steps')}: found {steps}; a {family.name} draws the codes of images one "
             "by one; leave it out"
         )
-    if family.denoises:
-        values = {"temperature": user_options.temperature, "greedy": user_options.greedy or None}
-        problems += [
-            f"{spell(name)}: found {value}; a {family.name} makes images by denoising, of which "
-            "only the first noise is drawn at random; leave it out"
-            for name, value in values.items()
-            if value not in (None, HARMLESS.get(name))
-        ]
+    if not family.denoises:
+        return problems
+    way = f"a {family.name} makes images by denoising, of which only the first noise is random"
+    if user_options.temperature not in (None, HARMLESS["temperature"]):
+        problems.append(
+            f"{spell('temperature')}: found {user_options.temperature}; {way}; leave it out"
+        )
+    if user_options.greedy:
+        problems.append(f"{spell('greedy')}: {way}; leave it out")
     return problems
 
 

@@ -18,13 +18,14 @@ from corl_jax.inference import (
     choose_image_sampling,
     choose_text_sampling,
     find_long_prompts,
+    find_unread_image_options,
     list_image_options,
 )
 from corl_jax.policies import Model
 from corl_jax.policies.batched import Row, Sample, sample_rows
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.sampling_options import complete_options
-from corl_jax.serve.requests import ApiError, ChatRequest, ImageRequest
+from corl_jax.serve.requests import ApiError, ChatRequest, ImageRequest, spell_image_field
 from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, Task
 
 LEAST_NEW_TOKENS = 16
@@ -70,14 +71,13 @@ class Engine:
     def prepare_images(self, request: ImageRequest) -> Job:
         """Returns the job of a request for images.
 
-        Raises: ApiError for a prompt without room, and for steps of a model that has none.
+        Raises: ApiError for a prompt without room, and for an option that changes no image.
         """
-        if request.options.image_steps is not None and not self.model.family.takes_image_steps:
-            raise ApiError(
-                400, f"image_steps: found {request.options.image_steps}; a "
-                f"{self.model.family.name} draws the codes of images one by one, so leave it out",
-                code="invalid_value", param="image_steps",
-            )  # fmt: skip
+        unread = find_unread_image_options(self.model, request.options, spell_image_field)
+        if unread:
+            # "temperature 0: .." is of the field temperature
+            field = unread[0].partition(":")[0].split()[0]
+            raise ApiError(400, unread[0], code="invalid_value", param=field)
         options = self._complete(request.options, list_image_options(request.options))
         with self._one_at_a_time:
             ids = self._read_ids(IMAGE_GENERATION, {"prompt": request.prompt})

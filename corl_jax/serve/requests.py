@@ -121,7 +121,7 @@ def read_image_request(body: Any, side: int) -> ImageRequest:
         body, cfg_scale=body.get("cfg_scale"), image_steps=body.get("image_steps"), think=False,
         spread_steps=False, top_k=None, top_p=None, max_new_tokens=None,
     )  # fmt: skip
-    check_image_options(options, _spell_image, problems)
+    check_image_options(options, spell_image_field, problems)
     # All other requests wait for the steps of one.
     if isinstance(options.image_steps, int) and options.image_steps > MAX_IMAGE_STEPS:
         problems.add(
@@ -177,7 +177,8 @@ def _spell_chat(name: str) -> str:
     )
 
 
-def _spell_image(name: str) -> str:
+def spell_image_field(name: str) -> str:
+    """Returns the field of a request that says an option of images."""
     return {"samples": "n", "greedy": "temperature 0"}.get(name, name)
 
 

@@ -30,6 +30,8 @@ from corl_jax.policies.janus import network
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.images import decode_images
 from corl_jax.policies.janus.prompts import Processor
+from corl_jax.serve.engine import Engine
+from corl_jax.serve.requests import ApiError, read_image_request
 from corl_jax.tasks import TASKS
 from corl_jax.types import EncodedPrompts
 from corl_jax.weights.checkpoint import load_params
@@ -542,8 +544,14 @@ def test_options_that_a_model_does_not_read_are_refused(model_dir, tmp_path, cap
             assert "--temperature: found 0.5; a janus_flow makes images by denoising" in message
             assert "image-steps" not in message
     loaded = corl_jax.load(flow, dtype="float32")
-    with pytest.raises(InputError, match="greedy: found True; a janus_flow makes"):
+    with pytest.raises(InputError, match="greedy: a janus_flow makes"):
         loaded.generate_images("a", greedy=True)
+    engine = Engine(loaded.policy, jnp.dtype("float32"), batch_size=1)
+    for temperature, text in ((0, "temperature 0: a janus_flow"), (0.5, "temperature: found 0.5")):
+        request = {"prompt": "a", "temperature": temperature}
+        with pytest.raises(ApiError, match=text) as error:
+            engine.prepare_images(read_image_request(request, 16))
+        assert (error.value.status, error.value.param) == (400, "temperature")
 
 
 @pytest.mark.parametrize(
