@@ -66,6 +66,7 @@ def complete_options(args: argparse.Namespace, names: Sequence[str]) -> list[str
         folder = None  # the function that loads the model reports it
     try:
         if folder:
+            # Guidance of another kind of model would draw worse images than no choice at all.
             defaults = {**DEFAULTS, **find_family(folder).defaults}
             stated = read_generation(folder)
     except InputError as error:

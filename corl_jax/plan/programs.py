@@ -204,6 +204,7 @@ def _make_scores(name: str, segments: Sequence[Segment], shape: Any) -> tuple[An
 
 def _make_image_values(segments: Sequence[Segment], count: int) -> Any:
     """Returns the shape of `count` images as a family's `decode_images` takes them."""
+    # Only the sampler knows whether these are codes or latents, and how many of an image it keeps.
     values = next(segment.values for segment in segments if segment.kind != TEXT)
     return jax.ShapeDtypeStruct((count, *values.shape[1:]), values.dtype)
 

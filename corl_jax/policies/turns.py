@@ -76,6 +76,7 @@ def decode_segment(
 
 def list_tokens(segment: Segment) -> list[np.ndarray]:
     """Returns this process's choices that count, row by row; those of latents are no tokens."""
+    # An image has thousands of numbers in its latents, which no report of samples could show.
     if segment.kind == LATENTS:
         return [np.empty(0, np.int32)] * len(to_host_rows(segment.mask))
     # values [5, 8, pad], mask [T, T, F] -> [5, 8]

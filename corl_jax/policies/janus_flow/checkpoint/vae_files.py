@@ -81,6 +81,7 @@ def write_vae_config(folder: Path, vae: SdVaeConfig, origin: Path | None) -> Non
     target = folder / VAE / "config.json"
     if file and file.is_file():
         problems = Problems()
+        # The source's file keeps settings that this package does not read.
         if sd_vae.read_sizes(file.parent, problems) == vae and not problems:
             write_bytes(target, file.read_bytes())
             return
