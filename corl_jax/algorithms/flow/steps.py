@@ -172,7 +172,8 @@ def compute_logprobs(
     """Returns the log-prob [N] of x' [N, ...]: the **mean** over its elements, not the sum.
 
     log p = mean[-(x' - mean)^2 / (2 std^2)] - log std - log(2 pi) / 2. Without a diffusion (cps) it
-    is mean[-(x' - mean)^2]. x' is data: it has no gradient. Infinite or NaN where std is 0.
+    is mean[-(x' - mean)^2]. x' is data: it has no gradient. Infinite or NaN where the std of a
+    diffusion is 0.
     Source: Flow-GRPO (arXiv 2505.05470), released code; CPS (arXiv 2509.05952).
     """
     # With the mean, ratios are 1 +- 1e-4 and do not depend on the size of the picture. Flow-GRPO's
