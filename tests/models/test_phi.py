@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from corl_jax.devices.mesh import param_spec
+from corl_jax.models.clip import ClipVisionConfig
 from corl_jax.models.lora import Lora
 from corl_jax.models.magvit import MagvitConfig
 from corl_jax.models.modules import bind, make_abstract
@@ -176,7 +177,8 @@ def test_adapters_leave_the_sizes_of_the_base():
 
 def test_every_parameter_has_a_place_on_a_mesh(mesh):
     lora = Lora(4, 8.0, ALL)
-    config = network.add_adapters(ShowOConfig(w_clip_vit=True, magvit=MAGVIT), lora)
+    sizes = ShowOConfig(w_clip_vit=True, magvit=MAGVIT, clip=ClipVisionConfig())
+    config = network.add_adapters(sizes, lora)
     leaves = dict(leaf_paths(network.abstract(config)))
     specs = {
         path: param_spec(path, leaf.shape, mesh, layout.RULES) for path, leaf in leaves.items()

@@ -16,7 +16,7 @@ import pytest
 
 from corl_jax.algorithms.losses import LossConstants
 from corl_jax.algorithms.recipes import RECIPES
-from corl_jax.policies.family import LogprobOptions
+from corl_jax.policies.family import LogprobOptions, TurnProgram
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.train import step
 from corl_jax.types import EncodedPrompts, Segment
@@ -39,9 +39,7 @@ def score(sizes, params, prompts, segments, options):
 
 FAMILY: Any = SimpleNamespace(
     cast=lambda params, dtype: params,
-    turns={
-        ((kind,),): SimpleNamespace(logprobs=score, choose_scored=None) for kind in (CODES, TEXT)
-    },
+    turns={((kind,),): TurnProgram(score, score) for kind in (CODES, TEXT)},
 )
 
 

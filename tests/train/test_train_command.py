@@ -25,6 +25,7 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 
 from corl_jax.config import files as config_files
+from corl_jax.config.denoising import Denoising
 from corl_jax.config.schema import Eval, Rollout
 from corl_jax.devices.mesh import make_mesh
 from corl_jax.errors import GuardError, InputError
@@ -158,8 +159,8 @@ def test_a_run_leaves_what_it_should(straight):
     }  # fmt: skip
     lines = metric_lines(straight)
     assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4]
-    # No reward of this run is the user's own.
-    assert unseen(lines, "Every run", "GRPO") == ["TASK/rewards/NAME/failed"]
+    # No reward of this run is the user's own, and its images are not made by denoising.
+    assert unseen(lines, "Every run", "GRPO") == ["TASK/rewards/NAME/failed", "IMAGE/ratio_first"]
     checkpoints = sorted(path.name for path in (straight / "checkpoints").iterdir())
     assert checkpoints == [".lock", "3", "4"]
     assert json.loads((straight / "saved.json").read_text()) == {"step": 4, "directory": None}
@@ -811,10 +812,11 @@ def test_the_reward_suite_gets_the_rewards_of_every_task(monkeypatch):
     monkeypatch.setattr(rl_iteration, "score_samples", scored)
     mesh = make_mesh(devices=jax.devices()[:1])
     run = SimpleNamespace(
-        tasks=("t2i", "mm2t"), mesh=mesh, family=FAMILY, sizes=None,
+        tasks=("t2i", "mm2t"), mesh=mesh, family=FAMILY, sizes=FAMILY.presets["janus-pro-1b"],
         processor=SimpleNamespace(special=None, image=None), dtype=None, seed=0,
     )  # fmt: skip
-    config, beats = SimpleNamespace(rollout=Rollout(), eval=Eval()), []
+    config = SimpleNamespace(rollout=Rollout(), eval=Eval(), denoising=Denoising())
+    beats = []
     evaluation = SimpleNamespace(loader=None, rows=2)
     inputs = reports.make_evaluation_inputs(config, run, evaluation, {}, lambda: beats.append(1))
     scores = inputs.score(Prompts(np.arange(2), {}))
