@@ -67,7 +67,7 @@ def complete_options(args: argparse.Namespace, names: Sequence[str]) -> list[str
     try:
         if folder:
             # Guidance of another kind of model would draw worse images than no choice at all.
-            defaults = DEFAULTS | find_family(folder).defaults
+            defaults = DEFAULTS | dict(find_family(folder).defaults)
             stated = read_generation(folder)
     except InputError as error:
         problems = error.problems

@@ -126,7 +126,7 @@ def make_loss_inputs(
             advantages=task.advantages,
             old_logprobs=old,
             ref_logprobs=ref,
-            kl=measure_kl(segment, *velocities, reference, options.logprobs)
+            kl=measure_kl(segment, velocities[0], reference, options.logprobs)
             if measure_kl is not None and reference is not None
             else None,
             entropy=entropy,
