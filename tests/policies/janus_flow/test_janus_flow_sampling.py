@@ -164,9 +164,9 @@ def test_the_loss_of_given_images_is_that_of_rectified_flow(params):
     )
     # Data are scored without guidance, whatever the option says.
     options = LogprobOptions(SPECIAL, cfg_scale=3.0, is_given=True)
-    ((scores, _, velocities),) = score_steps(CONFIG, params, prompts, (given,), options)
+    ((scores, _, *velocities),) = score_steps(CONFIG, params, prompts, (given,), options)
     noise = draw_noise(keys, CONFIG.latent_shape)
-    errors = np.square(velocities[:, 0] - (noise - latents[:, 0])).mean(axis=(1, 2, 3))
+    errors = np.square(velocities[0][:, 0] - (noise - latents[:, 0])).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(scores[:, 0], -errors, rtol=1e-5)
 
 
@@ -183,7 +183,7 @@ def test_answers_are_scored_as_they_were_drawn(params):
     prompts, keys = pad_left(PROMPTS, LENGTH), make_keys()
     options = make_options(Denoising(), max_new_tokens=5)
     (drawn,) = sample_answers(CONFIG, params, prompts, keys, options)
-    ((logprobs, _),) = score_answers(CONFIG, params, prompts, (drawn,), LogprobOptions(SPECIAL))
+    ((logprobs, *_),) = score_answers(CONFIG, params, prompts, (drawn,), LogprobOptions(SPECIAL))
     kept = np.asarray(drawn.mask)
     assert kept.any() and drawn.logprobs is not None
     np.testing.assert_allclose(logprobs[kept], drawn.logprobs[kept], atol=LOGPROBS)
