@@ -32,6 +32,8 @@ from corl_jax.weights.layouts import KINDS
 
 TABLES = Path(__file__).parent / "sharding_tables"
 MESHES = {"data 8": (8, 1, 1), "fsdp 8": (1, 8, 1), "tensor 4": (1, 1, 4), "2 x 2 x 2": (2, 2, 2)}
+WHOLE = ("vgg", "aesthetic", "mask2former", "sd_vae")
+"""Networks so small that each device has all of most of their matrices."""
 CLIP_L14 = ClipConfig(
     vision=TowerConfig(1024, 4096, 24, 16), text=TowerConfig(768, 3072, 12, 12),
     image_size=224, patch_size=14, projection_dim=768,
@@ -42,13 +44,20 @@ def mesh_of(axes: tuple[int, ...]) -> AbstractMesh:
     return AbstractMesh(axes, device_mesh.AXES)
 
 
+def kind_of(name: str) -> Any:
+    """The kind of a network of `networks`: sd_vae is a kind, clip_l14 is of the kind clip."""
+    return KINDS[name if name in KINDS else name.split("_")[0]]
+
+
 def networks() -> dict[str, Any]:
     """The published reward networks as shapes."""
     untied = BlipConfig(text=BlipTextConfig(tie_word_embeddings=False))
     configs = {name: kind.config() for name, kind in KINDS.items()}
     configs |= {"clip_l14": CLIP_L14, "blip_untied": untied}
     return {
-        name: modules.make_abstract(KINDS[name.split("_")[0]].module, config)
+        name: modules.make_abstract(
+            KINDS[name if name in KINDS else name.split("_")[0]].module, config
+        )
         for name, config in configs.items()
     }
 
@@ -85,7 +94,7 @@ def tables() -> dict[str, str]:
     text = table(adapters, RULES, device_mesh.param_spec)
     out["janus_pro_7b_lora.txt"] = text
     for name, params in networks().items():
-        rules = KINDS[name.split("_")[0]].rules
+        rules = kind_of(name).rules
         text = table(params, rules, device_mesh.network_spec)
         out[f"network_{name}.txt"] = text
     return out
@@ -98,7 +107,7 @@ def test_resolved_layouts_are_those_on_file():
     )
 
 
-@pytest.mark.parametrize("name", [n for n in KINDS if n not in ("vgg", "aesthetic", "mask2former")])
+@pytest.mark.parametrize("name", [n for n in KINDS if n not in WHOLE])
 def test_large_matrices_of_reward_networks_are_split(name, mesh):
     for path, leaf in leaf_paths(networks()[name]):
         if leaf.ndim >= 2 and math.prod(leaf.shape) > 1e6:
