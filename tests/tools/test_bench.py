@@ -246,6 +246,7 @@ def test_a_part_alone(tmp_path, capsys):
     assert "codes to pixels" in capsys.readouterr().out
 
 
+@SLOW
 def test_the_detector_is_measured_in_both_dtypes(tmp_path):
     out = tmp_path / "bench.jsonl"
     command.main([*TINY, "--parts", "detector", "--out", str(out)])
@@ -256,6 +257,7 @@ def test_the_detector_is_measured_in_both_dtypes(tmp_path):
         assert line["images_per_s"] == pytest.approx(2 / line["median_s"])
 
 
+@SLOW
 def test_micro_batches_are_pieces_of_the_prompts(tmp_path):
     setting = published("tiny", tmp_path)
     assert training.make_update_options(setting).micro_batches == 1
@@ -263,12 +265,14 @@ def test_micro_batches_are_pieces_of_the_prompts(tmp_path):
     assert training.make_update_options(small).micro_batches == 4
 
 
+@SLOW
 def test_a_step_with_adapters_is_measured(capsys):
     command.main([*TINY, "--parts", "train", "--lora", "2"])
     (step,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("train"))
     assert "optimizer step" in step
 
 
+@SLOW
 def test_several_devices_and_a_profile(tmp_path):
     out, trace = tmp_path / "bench.jsonl", tmp_path / "trace"
     mesh = ["--mesh", "fsdp=2,tensor=2", "--trace", str(trace)]
@@ -293,6 +297,7 @@ def test_parameters_lie_as_the_training_command_lays_them(tmp_path):
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 4}
 
 
+@SLOW
 def test_both_layouts_draw_the_same(monkeypatch):
     """And only one of them asks for the policy's matrices to be gathered, inside of layers too."""
     drawn, asked, laid_out = [], [], []
@@ -318,6 +323,7 @@ def test_both_layouts_draw_the_same(monkeypatch):
     assert (drawn[0] == drawn[1]).mean() > 0.5, "rounding alone parts them"
 
 
+@SLOW
 def test_every_build_is_measured(monkeypatch, capsys):
     """And not the one that a call would take."""
     used = []
@@ -662,6 +668,7 @@ def measure_show_o(out: Path, *arguments: str) -> dict[tuple[str, str], dict]:
     return {(line["part"], line["name"]): line for line in lines}
 
 
+@SLOW
 def test_a_show_o_is_measured_against_the_rate_of_products(tmp_path):
     found = measure_show_o(tmp_path / "bench.jsonl", "--parts", "forward,image")
     products = next(line for line in found.values() if "tflop_per_s" in line)["tflop_per_s"]
