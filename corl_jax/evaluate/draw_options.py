@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corl_jax.errors import InputError, Problems
-from corl_jax.inference import DTYPES, MAX_SEED, check_number
+from corl_jax.inference import DTYPES, MAX_SEED, check_number, find_unread_image_options
 from corl_jax.input_files import parse_path, parse_place
 from corl_jax.sampling_options import find_temperature_problems, spell_option
 
@@ -201,6 +201,8 @@ def check_model(
         model = inspect_policy(args.model)
     if model is None:
         return None, described
+    chosen = argparse.Namespace(image_steps=None, temperature=args.temperature, greedy=False)
+    problems.add(find_unread_image_options(model, chosen, spell_option))
     choose_roles = model.family.choose_roles
     if choose_roles is None:
         if args.roles is not None:

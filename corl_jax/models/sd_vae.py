@@ -84,12 +84,6 @@ class SdVae(nnx.Module):
         """Computes scaled latents, the means, [N, h, w, C] float32 of pixels [N, H, W, 3]."""
         return self.encode(pixels)[0] * self.config.scaling_factor
 
-    def encode_sample(self, pixels: jax.Array, key: jax.Array) -> jax.Array:
-        """Draws scaled latents [N, h, w, C] float32 of pixels [N, H, W, 3] in [-1, 1]."""
-        mean, logvar = self.encode(pixels)
-        noise = jax.random.normal(key, mean.shape, mean.dtype)
-        return (mean + jnp.exp(0.5 * logvar) * noise) * self.config.scaling_factor
-
     def decode_scaled(self, latents: jax.Array) -> jax.Array:
         """Computes pixels [N, H, W, 3] float32, not clipped, of scaled latents [N, h, w, C]."""
         return self.decode(latents.astype(jnp.float32) / self.config.scaling_factor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from corl_jax.algorithms.flow.schedules import make_sigmas
-from corl_jax.algorithms.flow.steps import Sde
+from corl_jax.algorithms.flow.steps import Sde, tabulate_transitions
 from corl_jax.algorithms.flow.windows import Window, fit_window
 from corl_jax.algorithms.recipes import RECIPES, Recipe
 from corl_jax.config.denoising import Denoising
@@ -198,8 +198,13 @@ def find_denoising_problems(config: Config, stage: Stage, family: Family) -> lis
             "algorithm.kl_in: found reward, but the divergence of denoising steps is a term of the "
             "loss; set it to loss, or algorithm.kl_coef to 0"
         )
+    sde = Sde(options.dynamics, options.noise_level)
     try:
-        fit_window(choose_window(options), sigmas, Sde(options.dynamics, options.noise_level))
+        tabulate_transitions(sigmas, sde)
+    except ValueError as error:
+        return [*problems, f"denoising: {error}; correct denoising.noise_level"]
+    try:
+        fit_window(choose_window(options), sigmas, sde)
     except ValueError as error:
         problems.append(
             f"denoising: {error}; correct denoising.window, denoising.window_starts or "

@@ -60,15 +60,10 @@ def test_the_logarithm_of_the_variance_has_limits(params, pixels):
     assert (abs(mean) < 10).all()
 
 
-def test_scaled_latents_are_the_mean_or_a_draw(params, pixels):
-    key = jax.random.key(3)
-    mean, logvar = compute("encode", params, pixels)
+def test_scaled_latents_are_the_mean(params, pixels):
+    mean, _ = compute("encode", params, pixels)
     scaled = compute("encode_mean", params, pixels)
     np.testing.assert_allclose(scaled, mean * np.float32(0.13025), rtol=1e-5)
-    noise = jax.random.normal(key, mean.shape)
-    expected = (mean + np.exp(np.asarray(logvar) / 2) * noise) * 0.13025
-    drawn = compute("encode_sample", params, pixels, key)
-    np.testing.assert_allclose(drawn, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_images_are_cut_off_and_not_rounded(params, latents):

@@ -64,6 +64,7 @@ def test_a_schedule_without_a_shift_is_refused_before_an_evaluation_needs_it(sta
         ({"dynamics": "cps", "window": 10}, "only steps 0 to 8 of 10 have noise"),
         ({"dynamics": "cps", "steps": 1}, "no step with noise"),
         ({"dynamics": "cps", "noise_level": 1.5}, "at most 1.0"),
+        ({"dynamics": "cps", "noise_level": 1.5}, "has no noise; correct denoising.noise_level"),
     ],
 )
 def test_a_window_without_noise_is_refused_where_it_is_trained(changes, problem):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from PIL import Image
 
 from corl_jax import generate
+from corl_jax.errors import Problems
+from corl_jax.evaluate import draw_options
 from corl_jax.params import flatten
 from corl_jax.plan import __main__ as plan
 from corl_jax.policies import load_policy
@@ -176,3 +179,11 @@ def test_a_plan_has_the_latents_that_a_run_has(model, rows, tmp_path, capsys):
 def test_options_that_do_not_fit_are_refused(model, rows, tmp_path, capsys, changes, message):
     found = refuse(capsys, model, rows, tmp_path / "run", **changes)
     assert message in found and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("temperature", "refused"), [(0.7, True), (1.0, False)])
+def test_suites_that_draw_refuse_a_temperature(model, temperature, refused):
+    problems = Problems()
+    args = argparse.Namespace(model=str(model), temperature=temperature, roles=None)
+    draw_options.check_model(args, problems)
+    assert [line.startswith("--temperature: found 0.7") for line in problems] == [True] * refused
