@@ -72,6 +72,7 @@ class Segment:
     logprobs: Array | None = None
     # Arrays that scoring needs to repeat the choices, by name, such as the step of each code.
     replay: dict[str, Array] = dataclasses.field(default_factory=dict)
+    weights: Array | None = None  # [N, T] factors of the choices' losses; None: all 1
 
 
 @jax.tree_util.register_dataclass

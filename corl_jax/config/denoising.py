@@ -48,3 +48,14 @@ class Denoising(Section):
         "Clip range of a step's ratio, in the place of algorithm.clip_low and clip_high. Log-probs "
         "of steps are means over the image, so ratios are close to 1.",
     )
+    guard: Literal["none", "ratio", "ratio_per_dt"] = option(
+        "none",
+        "GRPO-Guard. ratio: the log-ratio of a step is centred and loses its 1 / std, so that "
+        "early and late steps are clipped alike; ratio_per_dt: also the loss of a step is divided "
+        "by its length, as in Flow-GRPO's code. For flow and dance.",
+    )
+    latent_dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "dtype in which the latents of training are stored and read by the next step. bfloat16: "
+        "half the memory, but a step whose std is below 0.05 cannot be trained.",
+    )

@@ -14,6 +14,7 @@ from corl_jax.algorithms.flow.schedules import make_sigmas
 from corl_jax.algorithms.flow.steps import (
     Transition,
     average_elements,
+    compute_guard_log_ratios,
     compute_kl,
     compute_logprobs,
     predict_mean,
@@ -30,10 +31,12 @@ from corl_jax.algorithms.flow.trajectory import (
 from corl_jax.algorithms.flow.windows import draw_starts, fit_window, list_steps, mark_steps
 from corl_jax.policies.family import NOISE_KEYS, Denoising, LatentScores, LogprobOptions
 from corl_jax.tasks import LATENTS
-from corl_jax.types import Segment
+from corl_jax.types import DTYPES, Segment
 
 STEPS = "steps"
 """Key of `Segment.replay`: the numbers [N, T] of the scored steps in the schedule."""
+MEANS = "means"
+"""Key of `Segment.replay`: the means [N, T, ...] that the sampler had at the scored steps."""
 WINDOW_KEYS = 2**31 - 1
 """Folded into the keys that draw an image; no schedule has so many steps."""
 TIME_NUMBER = 1
@@ -49,27 +52,41 @@ def draw_latents(
     Without noise in the steps, the segment has the image alone, [N, 1, *shape], and no log-probs.
     """
     sigmas = tabulate_sigmas(denoising)
-    # float32 in any compute dtype: rounding to bfloat16 would move a log-prob by many clip ranges.
-    start = draw_noise(keys, shape)
+    sde = denoising.sde
+    # float32 in any compute dtype: rounding to bfloat16 would move a log-prob by many clip ranges
+    # where a step has little noise.
+    start = draw_noise(keys, shape).astype(DTYPES[sde.latent_dtype])
     if denoising.is_greedy:
         images = integrate_ode(velocity, start, sigmas)
         return Segment(LATENTS, images[:, None], jnp.ones((len(keys), len(sigmas) - 1), bool))
 
-    window = fit_window(denoising.window, sigmas, denoising.sde)
+    window = fit_window(denoising.window, sigmas, sde)
     # All images of a prompt have noise at the same steps: otherwise they would not compare.
     of_prompts = jax.vmap(lambda key: jax.random.fold_in(key, WINDOW_KEYS))(keys[::group_size])
     starts = draw_starts(of_prompts, window, group_size)
     noisy = mark_steps(starts, window, len(sigmas) - 1)
-    drawn = draw_trajectory(velocity, start, keys, sigmas, denoising.sde, noisy)
+    drawn = draw_trajectory(
+        velocity, start, keys, sigmas, sde, noisy, keep_means=sde.is_guarded
+    )  # fmt: skip
     steps = list_steps(starts, window)
     logprobs = jnp.take_along_axis(drawn.logprobs, steps, axis=1)
-    return Segment(LATENTS, drawn.latents, jnp.ones(steps.shape, bool), logprobs, {STEPS: steps})
+    replay = {STEPS: steps}
+    if sde.is_guarded:
+        # The guard's log-ratio stands for the log-prob, and that of the sampler to itself is 0.
+        logprobs = jnp.zeros_like(logprobs)
+        replay[MEANS] = drawn.means[jnp.arange(len(keys))[:, None], steps]
+    return Segment(
+        LATENTS, drawn.latents, jnp.ones(steps.shape, bool), logprobs, replay,
+        weigh_steps(steps, denoising) if sde.guard == "ratio_per_dt" else None,
+    )  # fmt: skip
 
 
 def score_latents(velocity: Velocity, segment: Segment, denoising: Denoising) -> LatentScores:
     """Computes log-probs [N, T] and velocities [N, T, ...] of the scored steps.
 
-    `velocity` is called once, with N * T rows: those of a sample are neighbours.
+    `velocity` is called once, with N * T rows: those of a sample are neighbours. With a guard the
+    log-probs are GRPO-Guard's log-ratios to the sampler, whose differences are those of two
+    policies.
     """
     steps = segment.replay[STEPS]
     before, after = take_step_latents(segment.values, steps)
@@ -78,8 +95,12 @@ def score_latents(velocity: Velocity, segment: Segment, denoising: Denoising) ->
     # One call for all steps, so that each prompt is read once for all of its images and steps.
     velocities = velocity(before, times)
     mean = predict_mean(before, velocities, transitions)
-    logprobs = compute_logprobs(after, mean, transitions, denoising.sde.dynamics)
-    shape = steps.shape
+    shape, dynamics = steps.shape, denoising.sde.dynamics
+    if denoising.sde.is_guarded:
+        old_mean = segment.replay[MEANS].reshape(mean.shape)
+        logprobs = compute_guard_log_ratios(after, mean, old_mean, transitions, dynamics)
+    else:
+        logprobs = compute_logprobs(after, mean, transitions, dynamics)
     return logprobs.reshape(shape), None, velocities.reshape(*shape, *velocities.shape[1:])
 
 
@@ -113,6 +134,14 @@ def measure_kl(
     shape = (-1, *velocities.shape[2:])
     velocities, reference = velocities.reshape(shape), reference.reshape(shape)
     return compute_kl(velocities, reference, transitions, denoising.kl).reshape(steps.shape)
+
+
+def weigh_steps(steps: jax.Array, denoising: Denoising) -> jax.Array:
+    """Returns the factors [N, T] of the losses of steps: one over the length of each.
+
+    Source: GRPO-Guard (arXiv 2510.22319), released code.
+    """
+    return -1 / take_step_transitions(steps, denoising).dt.reshape(steps.shape)
 
 
 def tabulate_sigmas(denoising: Denoising) -> np.ndarray:

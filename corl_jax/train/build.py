@@ -12,7 +12,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax.algorithms.advantages import AdvantageOptions
-from corl_jax.algorithms.flow.steps import Sde
 from corl_jax.algorithms.losses import LossConstants
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.devices.mesh import Rules, param_shardings
@@ -26,7 +25,7 @@ from corl_jax.tasks import CODES, TASKS
 from corl_jax.train import attending
 from corl_jax.train.kl_penalty import KlPenalty
 from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
-from corl_jax.train.recipe_options import choose_eval_denoising, choose_window
+from corl_jax.train.recipe_options import choose_eval_denoising, choose_sde, choose_window
 from corl_jax.train.reference import (
     MovingReference,
     copy_reference,
@@ -275,8 +274,7 @@ def choose_denoising(plan: RunOutline, *, evaluates: bool = False) -> Denoising:
         return choose_eval_denoising(options, tokens)
     return Denoising(
         options.steps, options.schedule, options.shift,
-        Sde(options.dynamics, options.noise_level),
-        choose_window(options), options.kl, tokens,
+        choose_sde(options), choose_window(options), options.kl, tokens,
     )  # fmt: skip
 
 

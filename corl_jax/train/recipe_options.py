@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from corl_jax.algorithms.flow.schedules import make_sigmas
-from corl_jax.algorithms.flow.steps import Sde, tabulate_transitions
+from corl_jax.algorithms.flow.steps import Sde, check_guard, tabulate_transitions
 from corl_jax.algorithms.flow.windows import Window, fit_window
 from corl_jax.algorithms.recipes import RECIPES, Recipe
 from corl_jax.config.denoising import Denoising
@@ -198,7 +200,17 @@ def find_denoising_problems(config: Config, stage: Stage, family: Family) -> lis
             "algorithm.kl_in: found reward, but the divergence of denoising steps is a term of the "
             "loss; set it to loss, or algorithm.kl_coef to 0"
         )
-    sde = Sde(options.dynamics, options.noise_level)
+    return problems + _find_noise_problems(options, sigmas)
+
+
+def _find_noise_problems(options: Denoising, sigmas: np.ndarray) -> list[str]:
+    """Returns the options of noisy steps that do not fit each other, or times [T + 1]."""
+    sde, problems = choose_sde(options), []
+    if sde.is_guarded:
+        try:
+            check_guard(sde.dynamics)
+        except ValueError as error:
+            problems.append(f"denoising: {error}; correct denoising.guard or denoising.dynamics")
     try:
         tabulate_transitions(sigmas, sde)
     except ValueError as error:
@@ -206,11 +218,16 @@ def find_denoising_problems(config: Config, stage: Stage, family: Family) -> lis
     try:
         fit_window(choose_window(options), sigmas, sde)
     except ValueError as error:
-        problems.append(
-            f"denoising: {error}; correct denoising.window, denoising.window_starts or "
-            "denoising.steps"
-        )
+        keys = ["denoising.window", "denoising.window_starts", "denoising.steps"]
+        if sde.latent_dtype != "float32":
+            keys.insert(0, "denoising.latent_dtype")
+        problems.append(f"denoising: {error}; correct {', '.join(keys[:-1])} or {keys[-1]}")
     return problems
+
+
+def choose_sde(options: Denoising) -> Sde:
+    """Returns how training draws and scores the noisy steps of images."""
+    return Sde(options.dynamics, options.noise_level, options.guard, options.latent_dtype)
 
 
 def choose_eval_denoising(options: Denoising, latent_tokens: int | None) -> SamplerDenoising:

@@ -75,7 +75,7 @@ def measure_latent_difference(images: jax.Array, group_size: int) -> jax.Array:
 
     `images` [N, ...]. The mean is over all pairs; it is NaN with G = 1.
     """
-    groups = images.reshape(-1, group_size, images[0].size)
+    groups = images.astype(jnp.float32).reshape(-1, group_size, images[0].size)
     # The sum over all pairs of rows is 2 G times the sum of the squared distances from the mean.
     # Groups of 2 with values 0 and 2: mean 1, 1 + 1 = 2, and 2 * 2 * 2 / 2 = 4 = (0 - 2)^2.
     distances = jnp.square(groups - groups.mean(axis=1, keepdims=True)).sum(axis=1).mean()

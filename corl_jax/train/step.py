@@ -144,7 +144,8 @@ def weigh_tokens(
     segment: Segment, entropy: jax.Array | None, selections: tuple[TokenSelection, ...]
 ) -> jax.Array | None:
     """Returns the weights [N, T] of a segment's tokens; None if all count the same."""
-    weights = [
+    weights = [] if segment.weights is None else [segment.weights]
+    weights += [
         weigh_by_entropy(entropy, segment.mask, selection.share)
         for selection in selections
         if selection.kind == segment.kind and entropy is not None

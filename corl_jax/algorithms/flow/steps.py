@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -125,10 +125,19 @@ DYNAMICS: dict[str, Dynamics] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sde:
-    """The dynamics of noisy steps; hashable, because jit takes it as a static argument."""
+    """How noisy steps are drawn and scored; hashable, as jit takes it as a static argument."""
 
     dynamics: str = "flow"
     level: float | None = None  # a or eta of the sources; None: the default of the dynamics
+    # GRPO-Guard's ratio in the place of that of the probabilities. per_dt: and the loss of a step
+    # is divided by its length.
+    guard: Literal["none", "ratio", "ratio_per_dt"] = "none"
+    latent_dtype: str = "float32"  # in which latents are stored, and read by the next step
+
+    @property
+    def is_guarded(self) -> bool:
+        """True if steps are scored by GRPO-Guard's log-ratio; see `compute_guard_log_ratios`."""
+        return self.guard != "none"
 
 
 def tabulate_transitions(sigmas: Any, sde: Sde) -> Transition:

@@ -31,13 +31,10 @@ class Window:
     starts: tuple[int, int] = (0, 0)  # smallest and largest first step; both are possible
 
 
-def fit_window(
-    window: Window, sigmas: np.ndarray, sde: Sde, latent_dtype: str = "float32"
-) -> Window:
+def fit_window(window: Window, sigmas: np.ndarray, sde: Sde) -> Window:
     """Returns the window with its length in steps. Every step in reach has a std above 0.
 
-    `sigmas` [T + 1]. The last step of cps has no noise and is never trained. `latent_dtype` is the
-    dtype in which latents are stored.
+    `sigmas` [T + 1]. The last step of cps has no noise and is never trained.
 
     Raises:
         ValueError: no step has noise, a window reaches a step that is not there or has none, starts
@@ -66,7 +63,7 @@ def fit_window(
             f"largest start can be {num_noisy - length}"
         )
     fitted = Window(length, window.starts)
-    if latent_dtype == "bfloat16":
+    if sde.latent_dtype == "bfloat16":
         _check_stds(fitted, stds)
     return fitted
 

@@ -17,7 +17,7 @@ from corl_jax.algorithms.flow.windows import (
 )
 
 UNIFORM, EULER = make_sigmas("uniform", 10), make_sigmas("euler_discrete", 10)
-FLOW, CPS = Sde("flow"), Sde("cps")
+FLOW, CPS, ROUNDED = Sde("flow"), Sde("cps"), Sde("flow", latent_dtype="bfloat16")
 
 
 @pytest.mark.parametrize("length", [None, 0])
@@ -71,10 +71,10 @@ def test_a_window_that_reaches_no_noise_is_refused(window, sde, message):
 def test_a_short_step_is_refused_in_bfloat16():
     """The last step of euler_discrete has std 0.0063, that of uniform 0.074."""
     with pytest.raises(ValueError, match=r"step 9 of 10 has std 0.0063, .* latents in float32"):
-        fit_window(Window(), EULER, FLOW, "bfloat16")
-    assert fit_window(Window(), EULER, FLOW, "float32") == Window(10)
-    assert fit_window(Window(), UNIFORM, FLOW, "bfloat16") == Window(10)
+        fit_window(Window(), EULER, ROUNDED)
+    assert fit_window(Window(), EULER, FLOW) == Window(10)
+    assert fit_window(Window(), UNIFORM, ROUNDED) == Window(10)
     for allowed in (Window(9), Window(2, (0, 7))):
-        assert fit_window(allowed, EULER, FLOW, "bfloat16") == allowed
+        assert fit_window(allowed, EULER, ROUNDED) == allowed
     with pytest.raises(ValueError, match="step 9"):
-        fit_window(Window(2, (0, 8)), EULER, FLOW, "bfloat16")
+        fit_window(Window(2, (0, 8)), EULER, ROUNDED)

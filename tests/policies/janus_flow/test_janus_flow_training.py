@@ -98,6 +98,18 @@ def test_micro_batches_change_nothing(model, rows, tmp_path, one_device, dynamic
     assert max(line["t2i/ratio_first"] for line in (whole, pieces)) < 1e-5
 
 
+def test_the_guard_trains_on_rounded_latents(model, rows, tmp_path, one_device):
+    """Both options go from the config to the loss; the guard's ratio starts at 1 as the plain."""
+    line = run(
+        model, rows, tmp_path / "run", train={"micro_batch": 2, "max_steps": 1},
+        algorithm={"tasks": "t2i", "num_iterations": 2, "kl_coef": 0.1},
+        denoising=DENOISING | {"guard": "ratio_per_dt", "latent_dtype": "bfloat16"},
+        rewards=[{"name": "t2i_pixel_mse"}],
+    )[0]  # fmt: skip
+    assert 0 <= line["t2i/ratio_first"] < 1e-5 and line["t2i/clip_ratio/region_mean"] > 0
+    assert line["t2i/kl"] > 0 and line["grad_norm"] > 0 and line["t2i/group_difference"] > 0
+
+
 @pytest.mark.slow
 def test_it_resumes_to_the_bit(model, rows, tmp_path, one_device):
     changes = {"checkpoint": {"every": 1}, "algorithm": {"kl_coef": 0.1}}
@@ -169,6 +181,15 @@ def test_a_plan_has_the_latents_that_a_run_has(model, rows, tmp_path, capsys):
         (
             {"denoising": {"steps": 3, "window": 2, "window_starts": 2, "dynamics": "cps"}},
             "correct denoising.window, denoising.window_starts or denoising.steps",
+        ),
+        (
+            {"denoising": DENOISING | {"dynamics": "cps", "window_starts": 1, "guard": "ratio"}},
+            "choose one of flow, dance, or leave the guard off; correct denoising.guard",
+        ),
+        (
+            {"denoising": {"schedule": "euler_discrete", "latent_dtype": "bfloat16"}},
+            "store latents in float32, or end the window before that step; correct "
+            "denoising.latent_dtype, denoising.window",
         ),
         ({"algorithm": {"name": "remax"}}, "compares with a greedy completion"),
         ({"algorithm": {"kl_coef": 0.1, "kl_in": "reward"}}, "algorithm.kl_in: found reward"),
