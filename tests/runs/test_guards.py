@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from corl_jax.config import files as config_files
+from corl_jax.config.guard_limits import Guards as Options
 from corl_jax.config.readers import find_unused_options
-from corl_jax.config.schema import Guards as Options
 from corl_jax.errors import GuardError, InputError, RewardError
 from corl_jax.evaluation import shapes
 from corl_jax.runs.directory import to_json

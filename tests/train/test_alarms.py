@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from corl_jax.config.schema import Guards as Options
+from corl_jax.config.guard_limits import Guards as Options
 from corl_jax.errors import GuardError, RewardError
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.runs.guards import FAILED_WINDOW
