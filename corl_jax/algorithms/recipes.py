@@ -75,25 +75,28 @@ RECIPES: dict[str, Recipe] = {
     # arXiv 2402.14740
     "rloo": Recipe(
         compare.compare_leave_one_out, make_policy_loss(losses.clip_sequence_ratios),
+        ignored=frozenset({"ddof"}),
         # A completion is one action: its loss is not a sum over tokens with other averages.
         scales=("none", "batch"), reductions=("sequence_mean",), kl_in="reward", kl_estimator="k1",
     ),
     # arXiv 2310.10505
     "remax": Recipe(
         compare.compare_with_greedy, make_policy_loss(losses.weigh_logprobs),
-        ignored=frozenset({"clip_low", "clip_high", "dual_clip"}), min_group_size=1,
+        ignored=frozenset({"clip_low", "clip_high", "dual_clip", "ddof"}), min_group_size=1,
         uses_greedy=True, max_iterations=1, scales=("none", "batch"), reductions=TOKEN_MEAN,
         # In the loss k2 has the gradient of a k1 penalty of each token in its reward.
         kl_estimator="k2",
     ),
     # arXiv 2501.03262
     "reinforce_pp": Recipe(
-        compare.compare_with_batch, losses.CLIPPED_POLICY_LOSS, min_group_size=1, min_batch_size=2,
+        compare.compare_with_batch, losses.CLIPPED_POLICY_LOSS, ignored=frozenset({"ddof"}),
+        min_group_size=1, min_batch_size=2,
         scales=("batch", "none"), reductions=TOKEN_MEAN, kl_in="reward", kl_estimator="k1",
     ),
     # arXiv 2601.05242
     "gdpo": Recipe(
-        compare.compare_each_reward, losses.CLIPPED_POLICY_LOSS, scales=("group", "batch", "none")
+        compare.compare_each_reward, losses.CLIPPED_POLICY_LOSS, ignored=frozenset({"ddof"}),
+        scales=("group", "batch", "none"),
     ),
 }  # fmt: skip
 """`algorithm.name` -> recipe."""

@@ -57,6 +57,11 @@ class Guards(Section):
         "Alarm if the log-probs of sampler and trainer differ by more than this for one token, in "
         "nats.",
     )
+    drift_steps: PositiveFloat | None = option(
+        1.0e-3,
+        "Alarm if the probability ratio of sampler and trainer differs from 1 by more than this "
+        "for one step of an image that is made by denoising.",
+    )
     held_out: PositiveFloat | None = option(
         3.0,
         "Alarm if a held-out score falls by more than this many standard errors while the reward "
@@ -71,6 +76,7 @@ class Guards(Section):
             "not_applicable",
             "drift_mean",
             "drift_max",
+            "drift_steps",
             "held_out",
         ]
     ] = Field(default_factory=list, description="Alarms that end the run with exit code 3.")

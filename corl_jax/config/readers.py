@@ -101,7 +101,7 @@ READERS = (
         "a stage with rollouts", lambda config, _: STAGE_FACTS[config.stage].has_rollouts,
     ),
     Reader(
-        r"compat\.image_logprobs_unshifted|guards\.duplicates|"
+        r"compat\.image_logprobs_unshifted|guards\.(duplicates|drift_steps)|"
         r"unmasking\.(logprobs|scored_steps)|algorithm\.image_(logprobs|token_share|token_weights)",
         "a task that makes images", lambda config, _: _makes(config, IMAGES),
     ),

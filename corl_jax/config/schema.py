@@ -209,6 +209,17 @@ class Algorithm(Section):
         "Rewards whose standard deviation divides the advantages; with gdpo, those of each reward "
         "by itself. null: as the algorithm says.",
     )
+    ddof: Literal[0, 1] = option(
+        1, "That standard deviation divides the squares of n rewards by n - ddof; Flow-GRPO has 0."
+    )
+    advantage_clip: PositiveFloat | None = option(
+        None, "Advantages are clipped to this size; Flow-GRPO has 5. null: no clipping."
+    )
+    mask_indifferent: bool = option(
+        False,
+        "Leave completions whose advantage is 0, as in groups with equal rewards, out of the loss, "
+        "its mean and its KL penalty.",
+    )
     reduction: Literal["sequence_mean", "token_mean", "constant"] | None = option(
         None,
         "How the losses of tokens are averaged: over the completions by the mean of each, over all "

@@ -62,5 +62,7 @@ def pick_first(metrics: Mapping[str, jax.Array], kinds: Mapping[str, str]) -> di
         if kind == LATENTS and f"{prefix}/{RATIO_MAX}" in metrics:
             above = metrics[f"{prefix}/{RATIO_MAX}"] - 1
             below = 1 - metrics[f"{prefix}/{RATIO_MIN}"]
-            first[f"{prefix}/{RATIO_FIRST}"] = Metric(jnp.maximum(above, below), "first")
+            # Both are negative if no step is in the loss.
+            distance = jnp.maximum(jnp.maximum(above, below), 0.0)
+            first[f"{prefix}/{RATIO_FIRST}"] = Metric(distance, "first")
     return first

@@ -10,6 +10,7 @@ from corl_jax.config import schema
 from corl_jax.metrics import Metric
 from corl_jax.runs.guards import WINDOW, Alarm, Guards, Limits, Update
 from corl_jax.tasks import TASKS, list_segments
+from corl_jax.train.agreement import RATIO_FIRST
 from corl_jax.train.run import Iteration
 
 REWARD = "reward"
@@ -63,6 +64,12 @@ ALARMS = (
     Alarm(
         "drift_max", name_for_segments(f"{DIFFERENCE}/max"),
         "a token is far less likely to either the sampler or the trainer",
+    ),
+    Alarm(
+        "drift_steps", name_for_segments(RATIO_FIRST),
+        "the replay of an image's steps is not what the sampler did, so ratios and clipping mean "
+        "little; try model.dtype float32, and if that does not help report it: times, guidance and "
+        "noise are the sampler's own",
     ),
 )  # fmt: skip
 """Alarms over logged metrics. The limit of each is the option of `guards` with its name."""

@@ -218,6 +218,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         micro_batches=plan.micro_batches,
         selections=choose_selections(algorithm) if compares else (),
         latent_clip=config.denoising.clip_range,
+        masks_indifferent=algorithm.mask_indifferent and compares,
     )
 
 
@@ -232,6 +233,7 @@ def make_loss_constants(algorithm: Any) -> LossConstants:
         kl_estimator=algorithm.kl_estimator,
         dual_clip=algorithm.dual_clip,
         importance_cap=algorithm.importance_cap,
+        advantage_clip=algorithm.advantage_clip,
     )
 
 
@@ -344,6 +346,7 @@ def make_advantage_options(plan: ResolvedRun) -> AdvantageOptions:
         mode=algorithm.advantages,
         group_size=plan.config.rollout.group_size,
         scale=algorithm.scale,
+        ddof=algorithm.ddof,
     )
 
 

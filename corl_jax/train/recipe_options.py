@@ -20,6 +20,8 @@ from corl_jax.train.stages import STAGES, Stage
 
 KL_ESTIMATORS = {"loss": "k3", "reward": "k1"}
 """Place of the KL penalty -> its estimator where a config moves the penalty of a recipe."""
+OF_DENOISING = ("denoising.", "guards.drift_steps")
+"""Options that only models whose images are made by denoising read; beginnings of their keys."""
 
 
 def complete_algorithm(algorithm: Algorithm) -> Algorithm:
@@ -127,6 +129,11 @@ def find_ignored_options(config: Config) -> list[str]:
         if key in recipe.ignored
     ]
     algorithm = complete_algorithm(config.algorithm)
+    if algorithm.ddof != 1 and algorithm.scale == "none" and "ddof" not in recipe.ignored:
+        warnings.append(
+            f"algorithm.ddof: {algorithm.ddof} has no effect; only algorithm.scale group or batch "
+            "reads it"
+        )
     if algorithm.kl_coef and algorithm.kl_in == "loss" and algorithm.kl_estimator == "k1":
         warnings.append(
             "algorithm.kl_estimator: k1 in the loss has a gradient whose mean is 0; choose k2 or "
@@ -148,10 +155,10 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
         )
         way = "makes images by denoising"
     elif any(program.choose_scored for program in family.turns.values()):
-        unread = ("compat.image_logprobs_unshifted", "denoising.")
+        unread = ("compat.image_logprobs_unshifted", *OF_DENOISING)
         way = "draws the codes of images in any order"
     else:
-        unread = ("unmasking.", "denoising.", "sft.released")
+        unread = ("unmasking.", *OF_DENOISING, "sft.released")
         way = "draws the codes of images in one order"
     return [
         f"{key}: {value!r} has no effect; a {family.name} {way}"

@@ -22,6 +22,7 @@ from corl_jax.algorithms.losses import (
     Loss,
     LossConstants,
     LossInputs,
+    mask_indifferent,
     weigh_by_entropy,
 )
 from corl_jax.devices.mesh import constrain
@@ -104,6 +105,7 @@ class UpdateOptions:
     selections: tuple[TokenSelection, ...] = ()  # their weights are multiplied
     # Clip range of denoising steps, whose log-probs are means over an image; None: as of tokens
     latent_clip: float | None = None
+    masks_indifferent: bool = False  # completions whose advantage is 0 are not in the loss
 
     def choose_constants(self, kind: str) -> LossConstants:
         """Returns the constants of the loss of a kind of segment."""
@@ -175,14 +177,16 @@ def split_batch(batch: Batch, pieces: int) -> Batch:
     return {name: split(task) for name, task in batch.items()}
 
 
-def choose_loss_masks(family: Family, options: LogprobOptions, batch: Batch) -> Batch:
-    """Returns the batch with the loss masks of what the family scores."""
+def choose_loss_masks(family: Family, options: UpdateOptions, batch: Batch) -> Batch:
+    """Returns the batch with the loss masks of what the family scores and the options keep."""
 
     def restrict(task: TaskBatch) -> TaskBatch:
         choose = family.turns[task.turn_kinds].choose_scored
-        if choose is None:
-            return task
-        masks = choose(task.prompts, task.segments, options)
+        masks = tuple(segment.mask for segment in task.segments)
+        if choose is not None:
+            masks = choose(task.prompts, task.segments, options.logprobs)
+        if options.masks_indifferent:
+            masks = tuple(mask_indifferent(mask, task.advantages) for mask in masks)
         segments = tuple(
             dataclasses.replace(segment, mask=mask)
             for segment, mask in zip(task.segments, masks, strict=True)
@@ -208,7 +212,7 @@ def gradients(
     batch: Batch,
 ) -> tuple[Params, dict[str, jax.Array]]:  # fmt: skip
     """Returns (gradients in the parameters' dtype, metrics as scalars) of a whole batch."""
-    batch = choose_loss_masks(family, options.logprobs, batch)
+    batch = choose_loss_masks(family, options, batch)
     # Over the whole batch, before it is split: so a micro-batch changes nothing but memory.
     counts = count_terms(options, batch)
     weights = dict(options.weights)

@@ -48,10 +48,10 @@ PARADIGMS = ("t2i", "mm2t", "alternating", "cold_sft")
 # Training on own images.
 SELF = ("self_qa", "self_sft", "self_sft_through")
 DEVICES = (1, 2, 4, 8)
-# 12 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
+# 15 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
 # few configs set one. 4 belong to models that draw the codes of an image in any order, and 12 to
 # those that make images by denoising.
-MAX_OPTIONS = 139
+MAX_OPTIONS = 143
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".html")
 

@@ -153,7 +153,7 @@ def test_steps_without_a_reward_say_nothing_of_the_spread():
     assert said(watched, "zero_spread", [1.0] * WINDOW, "frac_reward_zero_std") == [WINDOW]
 
 
-@pytest.mark.parametrize("name", ["kl", "drift_mean", "drift_max"])
+@pytest.mark.parametrize("name", ["kl", "drift_mean", "drift_max", "drift_steps"])
 def test_an_alarm_is_said_once_per_crossing(name):
     (key,) = [alarm.keys[1] for alarm in ALARMS if alarm.name == name]
     limit = getattr(Options(), name)
