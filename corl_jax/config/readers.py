@@ -186,6 +186,11 @@ READERS = (
         lambda config, _: STAGE_FACTS[config.stage].has_micro_batches,
     ),
     Reader(
+        r"train\.ema_decay", "an export.layout other than none, an eval.suite or log.images_every",
+        lambda config, _: config.export.layout != "none" or _evaluates(config)
+        or bool(config.log.images_every),
+    ),
+    Reader(
         r"train\.epochs", "a run without train.max_steps",
         lambda config, _: config.train.max_steps is None,
     ),

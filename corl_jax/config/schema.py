@@ -343,6 +343,11 @@ class Train(Section):
         "of the model's published recipe, for Janus language_model and lm_head. Not read with "
         "lora.rank above 0.",
     )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = option(
+        0.0,
+        "Share that a running mean of the weights keeps of itself in each step. Evaluations and "
+        "images of fixed prompts are made with the mean, and the export has it. 0: no mean.",
+    )
     stop_after: Positive | None = option(
         None,
         "This process stops after this many steps. The learning rate schedule does not change.",

@@ -103,6 +103,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "save_total_limit": ("checkpoint.keep",),
     "warmup_ratio": ("optimizer.warmup_steps",),
     # other trainers
+    "adv_clip_max": ("algorithm.advantage_clip",),
     "adv_estimator": ("algorithm.name",),
     "batch_size": ("train.prompts_per_step",),
     "cfg_weight": ("rollout.cfg_scale",),
@@ -111,8 +112,11 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "clip_ratio_c": ("algorithm.dual_clip",),
     "dataset": ("data.path",),
     "dp": ("mesh.data",),
+    "ema": ("train.ema_decay",),
     "filter_groups": ("algorithm.redraws",),
     "grad_clip": ("optimizer.max_grad_norm",),
+    "global_std": ("algorithm.scale",),
+    "guidance": ("rollout.cfg_scale",),
     "guidance_scale": ("rollout.cfg_scale",),
     "kl_loss_type": ("algorithm.kl_estimator",),
     "loss_agg_mode": ("algorithm.reduction",),
@@ -126,6 +130,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "tp": ("mesh.tensor",),
     "train_batch_size": ("train.prompts_per_step",),
     "train_files": ("data.path",),
+    "use_ema": ("train.ema_decay",),
     "use_kl_in_reward": ("algorithm.kl_in",),
     # names that mean something else within a block
     "algorithm.kl": ("algorithm.kl_coef",),

@@ -23,6 +23,7 @@ from corl_jax.policies.choices import split_steps
 from corl_jax.policies.family import NOISE_KEYS
 from corl_jax.tasks import LATENTS, TASKS, TEXT, image_tasks, name_turns
 from corl_jax.train import build
+from corl_jax.train.average import start_average
 from corl_jax.train.image_codes import reads_codes
 from corl_jax.train.memory import count_turn_tokens, get_segment_length
 from corl_jax.train.optimizer import make_optimizer, master_dtype
@@ -55,6 +56,7 @@ class ResidentArrays:
     state: TrainState
     frozen: Params
     reference: Params | None
+    average: Params | None = None  # of the trained parameters over steps
 
     def by_name(self) -> dict[str, Any]:
         """Returns the arrays by the name that tables print."""
@@ -63,6 +65,7 @@ class ResidentArrays:
             "optimizer": self.state.opt_state,
             "frozen parameters": self.frozen,
             "reference": self.reference,
+            "mean of the weights": self.average,
         }
 
 
@@ -111,9 +114,11 @@ def make_resident_arrays(
         cast = functools.partial(cast_reference, config, outline.family)
         where = shardings.params if has_own_copy(config) else {}
         reference = attach_shardings(jax.eval_shape(cast, trained), where)
+    average = jax.eval_shape(functools.partial(start_average, config), trained)
+    average = average and attach_shardings(average, shardings.params)
     frozen = attach_shardings(frozen, param_shardings(frozen, mesh, outline.family.rules))
     return (
-        ResidentArrays(attach_shardings(fresh, shardings), frozen, reference),
+        ResidentArrays(attach_shardings(fresh, shardings), frozen, reference, average),
         optimizer,
         shardings,
     )

@@ -23,6 +23,7 @@ from corl_jax.rewards import networks
 from corl_jax.rewards.samples import FrozenNetwork, Policy
 from corl_jax.tasks import CODES, TASKS
 from corl_jax.train import attending
+from corl_jax.train.average import keep_average, start_average
 from corl_jax.train.kl_penalty import KlPenalty
 from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
 from corl_jax.train.recipe_options import choose_eval_denoising, choose_sde, choose_window
@@ -69,7 +70,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         steps=plan.steps,
         seed=config.seed,
         image_side=plan.limits.image_side,
-        iterate=plan.stage.iterate,
+        iterate=keep_average(plan.stage.iterate, config.train.ema_decay, shardings.params),
         train_step=train_step,
         logprob_step=logprob_step,
         velocity_step=make_velocity_step(plan),
@@ -105,7 +106,9 @@ def make_state(
     reference = moving and moving.rest(copy_reference(plan.config, plan.family, trained))
     # The layout that the step returns: a different one would compile a second program.
     state = jax.device_put(TrainState(jnp.int32(0), trained, opt_state), shardings)
-    return dataclasses.replace(state, reference=reference)
+    return dataclasses.replace(
+        state, reference=reference, average=start_average(plan.config, state.params)
+    )
 
 
 def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:

@@ -12,6 +12,7 @@ from corl_jax.errors import InputError
 from corl_jax.params import partition
 from corl_jax.rewards import applicable
 from corl_jax.train import attending
+from corl_jax.train.average import has_average
 from corl_jax.train.memory import (
     GIB,
     KEPT,
@@ -128,6 +129,8 @@ def estimate_disk(plan: ResolvedRun) -> dict[str, float]:
     state = count_parameters(trained) * master * (1 + OPTIMIZER_COPIES[config.optimizer.name])
     if has_reference(plan) and is_moving(config):
         state += count_parameters(trained) * get_number_bytes(config)
+    if has_average(config):
+        state += count_parameters(trained) * 4
     estimate = {}
     if config.checkpoint.directory is None:
         name = f"checkpoints, {config.checkpoint.keep} and one being written"

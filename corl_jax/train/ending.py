@@ -22,6 +22,7 @@ from corl_jax.runs.directory import REPORT, SUMMARY, RunDir, list_differences
 from corl_jax.runs.export_record import is_up_to_date, read_record
 from corl_jax.runs.terminal import format_duration
 from corl_jax.tasks import image_tasks, plan_tasks, text_tasks
+from corl_jax.train.average import has_average
 from corl_jax.train.banner import Row, align_rows, suggest_tensorboard
 from corl_jax.train.export import describe_sampling, make_record
 from corl_jax.train.milestones import read_evaluations
@@ -83,7 +84,8 @@ def _is_export_current(planned: ResolvedRun, directory: RunDir, record: dict[str
     config, before = planned.config, read_record(directory.export)
     if config.export.layout == "none":
         return before is None
-    trained = fingerprints.fingerprint_saved_tree(record, "state/params")
+    part = "state/average" if has_average(config) else "state/params"
+    trained = fingerprints.fingerprint_saved_tree(record, part)
     untrained = record["run"]["weights"]["model.path"]
     generation = describe_sampling(config, planned)
     evaluations = read_evaluations(directory)

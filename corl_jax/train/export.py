@@ -30,6 +30,7 @@ from corl_jax.runs.export_record import (
     rename_stale,
 )
 from corl_jax.tasks import TASKS, image_tasks, plan_tasks, text_tasks
+from corl_jax.train.average import choose_evaluated
 from corl_jax.train.model_card import make_card_files
 from corl_jax.train.resolve import ResolvedRun
 from corl_jax.train.run import Run
@@ -57,7 +58,7 @@ def refresh_export(
     """
     has_export = config.export.layout != "none"
     generation = describe_sampling(config, run) if has_export and primary else NOTHING_STATED
-    trained = fingerprints.fingerprint_tree(state.params)
+    trained = fingerprints.fingerprint_tree(choose_evaluated(state))
     record = make_record(config, generation, step, trained, untrained, evaluations)
     before = read_record(folder)
     # One process may not yet see files that another one sees, so the first one decides for all.
@@ -146,9 +147,9 @@ def export(
     sample. `extra` has further files by name. `beat` is called after each piece of work.
     """
     options, kind = config.export, run.family.kind
-    lora = run.family.lora_of(run.sizes)
+    lora, exported = run.family.lora_of(run.sizes), choose_evaluated(state)
     if options.lora == "adapter":
-        trained = fetch_params(state.params, primary, beat)
+        trained = fetch_params(exported, primary, beat)
         if not primary:
             return []
         assert lora is not None  # the config was checked
@@ -162,7 +163,7 @@ def export(
             progress=lambda _: beat(), overwrite=True, extra=extra_files,
         )  # fmt: skip
         return [] if fits else [_explain_no_base(config.model.path)]
-    params, rounded = fetch_params(merge(state.params, run.frozen), primary, beat), 0.0
+    params, rounded = fetch_params(merge(exported, run.frozen), primary, beat), 0.0
     if not primary:
         return []
     dtypes, layer_dtypes = run.source_dtypes, run.layer_dtypes

@@ -16,6 +16,7 @@ from corl_jax.policies import PolicyFiles
 from corl_jax.policies.family import Family
 from corl_jax.tasks import CODES, TASKS, TEXT, Turn, name_turns
 from corl_jax.train import attending
+from corl_jax.train.average import has_average
 from corl_jax.train.reference import get_number_bytes, has_own_copy, has_reference
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.types import EncodedPrompts, Params
@@ -35,7 +36,8 @@ PROMPT_OPTIONS = {
 """Name of a turn -> option of `corl-jax plan` for its prompts' length."""
 COMPUTE_COPY = "compute copy"
 KEPT = (
-    "parameters, trained", "parameters, frozen", "optimizer", "reference", "reward networks",
+    "parameters, trained", "parameters, frozen", "optimizer", "mean of the weights", "reference",
+    "reward networks",
 )  # fmt: skip
 WORKING = {
     "during an update": (
@@ -132,6 +134,8 @@ def estimate_outline(
         "gradients": num_trained * master,
         COMPUTE_COPY: (num_trained + copied) * width,
     }
+    if has_average(config):
+        estimate["mean of the weights"] = num_trained * 4
     turns = {name: x for task in outline.tasks for name, x in name_turns(task).items()}
     if outline.stage.samples:
         second = has_reference(outline) and has_own_copy(config)
@@ -164,7 +168,7 @@ def describe_prompts(outline: RunOutline, prompts: Mapping[str, int], source: st
 def describe_counted(outline: RunOutline, estimate: Mapping[str, float]) -> str:
     """Returns what an estimate adds up."""
     parts = ["parameters", "optimizer", "gradients", COMPUTE_COPY]
-    parts += [name for name in ("reference", "reward networks") if estimate.get(name)]
+    parts += [name for name in KEPT[3:] if estimate.get(name)]
     if outline.stage.samples:
         parts.append("caches")
     if outline.stage.uses_language_model:

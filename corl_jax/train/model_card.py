@@ -145,6 +145,8 @@ def _describe_training(config: Config, run: Run, step: int) -> str:
         ("optimizer", f"{optimizer.name}, learning rate {optimizer.learning_rate:g}"),
         ("adapters", f"rank {config.lora.rank}" if config.lora.rank else "none"),
     ]
+    if train.ema_decay:
+        rows.append(("weights", f"their running mean over steps, decay {train.ema_decay:g}"))
     parts = ["## Training"]
     facts, algorithm, rollout = STAGE_FACTS[config.stage], config.algorithm, config.rollout
     if facts.has_rollouts:

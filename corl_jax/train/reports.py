@@ -23,6 +23,7 @@ from corl_jax.runs.log import reduce_metrics
 from corl_jax.runs.outputs import Outputs, Progress
 from corl_jax.tasks import TASKS, TEXT, choose_tasks_of_step, image_tasks, list_segments
 from corl_jax.train import iteration as rl_iteration
+from corl_jax.train.average import choose_evaluated
 from corl_jax.train.evaluations import Evaluation
 from corl_jax.train.recipe_options import choose_eval_denoising
 from corl_jax.train.run import Iteration, Run, put_batch
@@ -164,7 +165,7 @@ def sample_grid(
 ) -> Grid | None:
     """Returns images of a task with their rewards; None but for the first process."""
     own_prompts = take_prompts(prompts, batches.take_own_rows(run.mesh, np.arange(len(prompts))))
-    params = merge(state.params, run.frozen)
+    params = merge(choose_evaluated(state), run.frozen)
     rollout = rl_iteration.sample(run, task, params, own_prompts)
     samples = rl_iteration.decode(run, task, params, own_prompts, rollout)
     outputs.watchdog.beat()
@@ -238,7 +239,7 @@ def evaluate(config: Config, run: Run, outputs: Outputs, state: TrainState, step
     Raises:
         GuardError: a fatal alarm begins.
     """
-    params = merge(state.params, run.frozen)
+    params = merge(choose_evaluated(state), run.frozen)
     began = time.perf_counter()
     values, scores = {}, {}
     for evaluation in run.evaluations:

@@ -47,6 +47,7 @@ class TrainState:
     opt_state: Any
     # The reference model of the KL penalty if it moves, which no step reads or changes.
     reference: Params | None = None
+    average: Params | None = None  # the mean of the params over steps, which none reads either
 
 
 @jax.tree_util.register_dataclass
@@ -249,7 +250,7 @@ def gradients(
         value, sums, (largest, smallest), grads = _scan_sum(
             accumulate, split_batch(batch, options.micro_batches)
         )
-    metrics = {key: _divide(pair) for key, pair in sums.items()}
+    metrics = {key: total / jnp.maximum(count, 1.0) for key, (total, count) in sums.items()}
     return grads, metrics | largest | smallest | {"loss": value}
 
 
@@ -270,10 +271,6 @@ def segment_loss(
         )
         sums, largest, smallest = sums | agreement, largest | above, smallest | below
     return total, sums, (largest, smallest)
-
-
-def _divide(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-    return pair[0] / jnp.maximum(pair[1], 1.0)
 
 
 def _scan_sum(accumulate: Callable, pieces: Batch):

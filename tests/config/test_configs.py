@@ -51,7 +51,7 @@ DEVICES = (1, 2, 4, 8)
 # 15 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
 # few configs set one. 4 belong to models that draw the codes of an image in any order, and 12 to
 # those that make images by denoising.
-MAX_OPTIONS = 143
+MAX_OPTIONS = 144
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".html")
 
