@@ -174,7 +174,9 @@ def find_unread_image_options(
     if not family.denoises:
         return problems
     way = f"a {family.name} makes images by denoising, of which only the first noise is random"
-    if user_options.temperature not in (None, HARMLESS["temperature"]):
+    # A plan before the image is sampled at the temperature.
+    harmless = (None, HARMLESS["temperature"])
+    if not user_options.think and user_options.temperature not in harmless:
         problems.append(
             f"{spell('temperature')}: found {user_options.temperature}; {way}; leave it out"
         )

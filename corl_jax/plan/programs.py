@@ -186,11 +186,11 @@ def make_batch(
     return {task: make_task(task) for task in tasks}
 
 
-def _make_scores(name: str, segments: Sequence[Segment], shape: Any) -> tuple[Any, ...] | None:
-    """Returns shapes of the scores of segments by a field of `TaskBatch`; None if it has none."""
+def _make_scores(name: str, segments: Sequence[Segment], shape: Any) -> tuple[Any, ...]:
+    """Returns shapes of the scores of segments by a field of `TaskBatch`."""
     has_velocities = name == "ref_velocities"
     # The reference's velocities of a step are as large as the image; its log-probs are not used.
-    scores = tuple(
+    return tuple(
         None
         if name != "old_logprobs" and has_velocities != (segment.kind == LATENTS)
         else shape(
@@ -199,7 +199,6 @@ def _make_scores(name: str, segments: Sequence[Segment], shape: Any) -> tuple[An
         )
         for segment in segments
     )
-    return scores if any(score is not None for score in scores) else None
 
 
 def _make_image_values(segments: Sequence[Segment], count: int) -> Any:

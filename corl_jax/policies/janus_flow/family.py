@@ -10,7 +10,7 @@ from corl_jax.policies.family import Adapters, Family, Limits, TurnProgram
 from corl_jax.policies.janus.image_settings import ImageSettings
 from corl_jax.policies.janus.images import normalise_pixels
 from corl_jax.policies.janus.tokens import SpecialTokens
-from corl_jax.policies.janus_flow import images, layout, logprobs, network, sampling
+from corl_jax.policies.janus_flow import images, layout, logprobs, network, sampling, thinking
 from corl_jax.policies.janus_flow.checkpoint import KIND
 from corl_jax.policies.janus_flow.network import JanusFlowConfig
 from corl_jax.policies.janus_flow.prompts import BUCKET, PROMPTS, Processor
@@ -79,6 +79,9 @@ FAMILY = Family(
             sampling.sample_latents, logprobs.score_steps, measure_kl=measure_kl
         ),
         ((TEXT,),): TurnProgram(sampling.sample_answers, logprobs.score_answers),
+        ((TEXT, CODES),): TurnProgram(
+            thinking.sample_thinking, thinking.score_thinking, measure_kl=measure_kl
+        ),
     },
     prompts=PROMPTS,
     denoises=True,
