@@ -147,8 +147,7 @@ def find_long_prompts(
         return _find_long_rows(model, IMAGE_GENERATION, rows, limits.image_tokens)
     if lack := model.family.find_lack(PLANNED_GENERATION, model.sizes):
         return [f"{spell('think')}: the task {lack}; leave it out, or take another model"]
-    # A token that begins the image stands between plan and image.
-    image = 1 + limits.image_tokens
+    image = limits.planned_image_tokens
     if options.max_new_tokens >= limits.positions - image:
         return [
             f"{spell('max_new_tokens')}: found {options.max_new_tokens}; expected less than "

@@ -25,7 +25,7 @@ from corl_jax.tasks import LATENTS, TASKS, TEXT, image_tasks, name_turns
 from corl_jax.train import build
 from corl_jax.train.image_codes import reads_codes
 from corl_jax.train.memory import count_turn_tokens, get_segment_length
-from corl_jax.train.optimizer import make_optimizer, master_dtype
+from corl_jax.train.optimizer import master_dtype
 from corl_jax.train.reference import cast_reference, has_own_copy, has_reference
 from corl_jax.train.resolve import RunOutline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
@@ -99,9 +99,7 @@ def make_resident_arrays(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), part)  # noqa: B023
         for part, dtype in zip(parts, (master, stored), strict=True)
     )
-    optimizer = make_optimizer(
-        config.optimizer, outline.optimizer_steps, undecayed=outline.family.undecayed
-    )
+    optimizer = build.make_plan_optimizer(outline)
     shardings = build.state_shardings(optimizer, trained, mesh, outline.family.rules)
     fresh = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained)

@@ -35,6 +35,7 @@ def describe_limits(sizes: JanusFlowConfig) -> Limits:
         kv_heads=llama.num_kv_heads,
         head_dim=llama.head_dim,
         caches_codes=False,
+        has_begin_token=False,  # that of the time is a token of the image
         latent_tokens=sizes.num_image_tokens,
         sharded_heads={
             "heads of language_model": llama.num_heads,
@@ -64,6 +65,7 @@ FAMILY = Family(
     stand_in_tokens=SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5),
     prompt_bucket=BUCKET,
     trainable=layout.TRAINABLE,
+    groups=layout.GROUPS,
     float32_parts=layout.FLOAT32_PARTS,
     tokenizer_parts=layout.TOKENIZER_PARTS,
     adapters=Adapters(
