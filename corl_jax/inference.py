@@ -147,8 +147,7 @@ def find_long_prompts(
         return _find_long_rows(model, IMAGE_GENERATION, rows, limits.image_tokens)
     if lack := model.family.find_lack(PLANNED_GENERATION, model.sizes):
         return [f"{spell('think')}: the task {lack}; leave it out, or take another model"]
-    # A token that begins the image stands between plan and image.
-    image = 1 + limits.image_tokens
+    image = limits.planned_image_tokens
     if options.max_new_tokens >= limits.positions - image:
         return [
             f"{spell('max_new_tokens')}: found {options.max_new_tokens}; expected less than "
@@ -174,7 +173,9 @@ def find_unread_image_options(
     if not family.denoises:
         return problems
     way = f"a {family.name} makes images by denoising, of which only the first noise is random"
-    if user_options.temperature not in (None, HARMLESS["temperature"]):
+    # A plan before the image is sampled at the temperature.
+    harmless = (None, HARMLESS["temperature"])
+    if not user_options.think and user_options.temperature not in harmless:
         problems.append(
             f"{spell('temperature')}: found {user_options.temperature}; {way}; leave it out"
         )

@@ -145,10 +145,15 @@ def choose_tasks_of_step(tasks: Sequence[str], every: int, step: int) -> tuple[s
     return (tasks[step // every % len(tasks)],) if every else tuple(tasks)
 
 
+def name_kind(kind: str) -> str:
+    """Returns the kind of a segment by which turns name it: CODES for LATENTS."""
+    return CODES if kind == LATENTS else kind
+
+
 def name_segments(task: str, kinds: Sequence[str]) -> tuple[str, ...]:
     """Returns the metric prefix of each segment: the task, with the kind if there are several."""
     # "t2i" has one segment: ("t2i",); "think" has two: ("think/text", "think/codes")
-    return (task,) if len(kinds) == 1 else tuple(f"{task}/{kind}" for kind in kinds)
+    return (task,) if len(kinds) == 1 else tuple(f"{task}/{name_kind(kind)}" for kind in kinds)
 
 
 def list_segments(kind: str | None = None) -> tuple[str, ...]:

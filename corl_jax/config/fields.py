@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -66,6 +67,18 @@ def _check_tasks(name: str) -> str:
 
 
 TaskChoice = Annotated[str, AfterValidator(_check_tasks)]
+
+
+def _check_rates(rates: dict[str, float]) -> dict[str, float]:
+    if not all(0 < rate < math.inf for rate in rates.values()):
+        raise ValueError(
+            "expected finite rates above 0; to freeze a group, leave its parameters out of "
+            "train.trainable"
+        )
+    return rates
+
+
+LearningRates = Annotated[dict[str, float], AfterValidator(_check_rates)]
 
 
 class Section(BaseModel):

@@ -19,6 +19,7 @@ from corl_jax.config.fields import (
     ConfigPath,
     ConfigPaths,
     Fraction,
+    LearningRates,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -307,6 +308,12 @@ class Optimizer(Section):
 
     name: Literal["adamw", "adafactor", "lion", "sgd"] = option("adamw", "Name of the optimizer.")
     learning_rate: PositiveFloat = option(4e-6, "Peak learning rate. [P]")
+    learning_rates: LearningRates = option(
+        {},
+        "Peak learning rates of groups of parameters that have their own: language_model, "
+        "image_head (what draws around the language model), image_encoder, image_tokenizer. "
+        "Schedule, decay and clipping are those of all.",
+    )
     b1: Fraction = option(0.9, "Decay of the first moment; the momentum of sgd.")
     b2: Fraction = option(0.999, "Decay of the second moment.")
     weight_decay: NonNegativeFloat = option(

@@ -201,7 +201,9 @@ def check_model(
         model = inspect_policy(args.model)
     if model is None:
         return None, described
-    chosen = argparse.Namespace(image_steps=None, temperature=args.temperature, greedy=False)
+    chosen = argparse.Namespace(
+        image_steps=None, temperature=args.temperature, greedy=False, think=False
+    )
     problems.add(find_unread_image_options(model, chosen, spell_option))
     choose_roles = model.family.choose_roles
     if choose_roles is None:

@@ -6,7 +6,8 @@ Source: Touvron et al. 2023 (arXiv 2302.13971); transformers `models/llama`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,32 @@ KVCache = tuple[jax.Array, jax.Array]
 """One layer's keys and values, each [N, S, kv_heads, head_dim]."""
 
 
+class Branch(NamedTuple):
+    """Tokens [N, T, D] that continue the rows of other tokens, M neighbouring rows the same one."""
+
+    embeds: jax.Array
+    # [N, T] bool, True on real tokens, which have no padding in front. None: all, and what stands
+    # behind their end; no token before it sees it.
+    mask: jax.Array | None = None
+    # [M] int32 positions of the first tokens, M a divisor of N. None: they follow the real tokens
+    # before them.
+    first: jax.Array | None = None
+
+    def pad_to_multiple(self, count: int) -> Branch:
+        """Returns the branch with padding behind it, up to a multiple of so many tokens."""
+        missing = -self.embeds.shape[1] % count
+        embeds = jnp.pad(self.embeds, ((0, 0), (0, missing), (0, 0)))
+        mask = None if self.mask is None else jnp.pad(self.mask, ((0, 0), (0, missing)))
+        return Branch(constrain(embeds, "batch", "length", "embed"), mask, self.first)
+
+    def join_mask(self, before: jax.Array) -> jax.Array:
+        """Returns the mask [N, P + T] of this branch behind tokens with the mask [B, P]."""
+        rows, length = self.embeds.shape[:2]
+        repeated = jnp.repeat(before, rows // len(before), axis=0)
+        mask = jnp.ones((rows, length), bool) if self.mask is None else self.mask
+        return jnp.concatenate([repeated, mask], axis=1)
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -77,11 +104,12 @@ class Attention(nnx.Module):
 
     def after(
         self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array, attention: AttentionKernel
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, KVCache]:
         """Computes attention of completions x [N, T, D] to their prompts and to themselves.
 
         `prompt` are the keys and values [B, P, kv_heads, head_dim] of the prompts. `mask`
-        [N, P + T] is True on real tokens.
+        [N, P + T] is True on real tokens. The result has the keys and values [N, P + T, ...] of
+        both.
         """
         query, key, value = self.project(x, rope)
         # [B, P, ..] -> [N, P, ..], then the completion's part behind it: [N, P + T, ..]
@@ -89,7 +117,8 @@ class Attention(nnx.Module):
             jnp.concatenate([jnp.repeat(shared, len(x) // len(shared), axis=0), added], axis=1)
             for shared, added in zip(prompt, (key, value), strict=True)
         )
-        return self.o_proj(merge_heads(attend_causally(query, keys, values, mask, attention)))
+        attended = attend_causally(query, keys, values, mask, attention)
+        return self.o_proj(merge_heads(attended)), (keys, values)
 
 
 class MLP(nnx.Module):
@@ -128,10 +157,10 @@ class Block(nnx.Module):
 
     def after(
         self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array, attention: AttentionKernel
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, KVCache]:
         """Computes the block for completions x [N, T, D] behind their prompts."""
-        attended = self.attn.after(self.input_layernorm(x), prompt, rope, mask, attention)
-        return self._feed_forward(x + attended)
+        attended, cache = self.attn.after(self.input_layernorm(x), prompt, rope, mask, attention)
+        return self._feed_forward(x + attended), cache
 
 
 class Llama(nnx.Module):
@@ -169,70 +198,100 @@ class Llama(nnx.Module):
 
         `mask` [B, P] is that of the prompts. Completions are prompt-major and have no padding in
         front. The results equal those of `__call__` on each prompt followed by each completion.
-        `first` are the positions of the completions' first tokens; see `_place_completions`.
+        `first` are the positions of the completions' first tokens; see `Branch`.
+        """
+        branches = (Branch(completions, first=first),)
+        states = self.read_branches(prompts, mask, branches, remat=remat, attention=attention)
+        return states[0], states[1]
+
+    def read_branches(
+        self,
+        prompts: jax.Array,
+        mask: jax.Array,
+        branches: Sequence[Branch],
+        *,
+        remat: Remat = "none",
+        attention: AttentionKernel = "xla",
+    ) -> list[jax.Array]:
+        """Computes hidden states of left-padded prompts [B, P, D], and those of each branch.
+
+        The first branch continues the prompts, and each later one continues the branch before it.
         """
         # Each prompt is read once, not once per completion. With 8 completions of 256 tokens and
         # prompts of 676 that is 2,724 tokens a group instead of 7,456.
         prompts = constrain(prompts, "batch", "length", "embed")
+        prompt_rope, seen, places = self.rope(compute_positions(mask)), mask, []
         # cuDNN differentiates even lengths only. A padding token after the last one changes nothing
         # before it.
-        num_tokens = completions.shape[1]
-        odd = num_tokens % 2 if attention == "cudnn" else 0
-        completions = jnp.pad(completions, ((0, 0), (0, odd), (0, 0)))
-        completions = constrain(completions, "batch", "length", "embed")
-        prompt_rope = self.rope(compute_positions(mask))
-        rope, joint_mask = self._place_completions(mask, completions, first)
+        padded = [branch.pad_to_multiple(2 if attention == "cudnn" else 1) for branch in branches]
+        for branch in padded:
+            rope, seen = self._place(branch, seen)
+            places.append((rope, seen))
 
-        # Both go through the layers in one scan, so that a layer's prompt keys and values live only
-        # as long as that layer.
-        def step(block: Block, x: tuple[jax.Array, jax.Array]):
-            prompts, cache = block(x[0], prompt_rope, mask, attention)
-            return (prompts, block.after(x[1], cache, rope, joint_mask, attention)), None
+        # All go through the layers in one scan, so that a layer's keys and values live only as long
+        # as that layer.
+        def step(block: Block, x: list[jax.Array]):
+            state, cache = block(x[0], prompt_rope, mask, attention)
+            states = [state]
+            for state, place in zip(x[1:], places, strict=True):
+                state, cache = block.after(state, cache, *place, attention)
+                states.append(state)
+            return states, None
 
-        x, _ = layers.scan_layers(self.layers, step, (prompts, completions), remat)
-        prompts, completions = jax.tree.map(self.norm, x)
-        return prompts, completions[:, :num_tokens]
+        embeds = [prompts, *(branch.embeds for branch in padded)]
+        prompts, *states = jax.tree.map(
+            self.norm, layers.scan_layers(self.layers, step, embeds, remat)[0]
+        )
+        lengths = [branch.embeds.shape[1] for branch in branches]
+        return [prompts, *(x[:, :length] for x, length in zip(states, lengths, strict=True))]
 
     def after_caches(
-        self,
-        caches: KVCache,
-        mask: jax.Array,
-        completions: jax.Array,
-        *,
-        first: jax.Array | None = None,
+        self, caches: KVCache, mask: jax.Array, branch: Branch, *,
         attention: AttentionKernel = "xla",
-    ) -> jax.Array:
-        """Computes hidden states of completions [N, T, D] behind prompts that `prefill` has read.
+    ) -> jax.Array:  # fmt: skip
+        """Computes hidden states of a branch [N, T, D] behind tokens that have been read.
 
-        They equal those of `after_prompts`. `caches` are [L, B, P, kv_heads, head_dim], `mask`
-        [B, P] is that of the prompts.
+        They equal those of `read_branches`. `caches` are [L, B, P, kv_heads, head_dim], as
+        `prefill` and `extend_caches` return them; `mask` [B, P] is that of their tokens.
         """
-        completions = constrain(completions, "batch", "length", "embed")
-        rope, joint_mask = self._place_completions(mask, completions, first)
+        return self.norm(self._scan_caches(caches, mask, branch, attention, keep_cache=False)[0])
+
+    def extend_caches(
+        self, caches: KVCache, mask: jax.Array, branch: Branch, *,
+        attention: AttentionKernel = "xla",
+    ) -> KVCache:  # fmt: skip
+        """Computes the keys and values [L, N, P + T, ...] of a branch with those before it."""
+        return self._scan_caches(caches, mask, branch, attention, keep_cache=True)[1]
+
+    def _scan_caches(
+        self, caches: KVCache, mask: jax.Array, branch: Branch, attention: AttentionKernel,
+        keep_cache: bool,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        place = self._place(branch, mask)
         graphdef, state = nnx.split(self.layers)
 
         def step(x: jax.Array, layer: tuple[Any, KVCache]):
             block = nnx.merge(graphdef, layer[0])
-            return block.after(x, layer[1], rope, joint_mask, attention), None
+            x, cache = block.after(x, layer[1], *place, attention)
+            return x, (cache if keep_cache else None)
 
-        return self.norm(jax.lax.scan(step, completions, (state, caches))[0])
+        embeds = constrain(branch.embeds, "batch", "length", "embed")
+        return jax.lax.scan(step, embeds, (state, caches))
 
-    def _place_completions(
-        self, mask: jax.Array, completions: jax.Array, first: jax.Array | None
+    def _place(
+        self, branch: Branch, mask: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        """Returns the rotations of completions [N, T, D], and the mask [N, P + T] of what they see.
+        """Returns the rotations of a branch [N, T, D], and the mask [N, P + T] of what it sees.
 
-        `first` [M], M a divisor of N, are the positions of the first tokens of N / M neighbouring
-        completions each. None: a completion's positions follow its prompt's real tokens.
+        `mask` [B, P] is that of the tokens before it.
         """
-        rows, length = completions.shape[:2]
+        first = branch.first
         if first is None:
             first = mask.sum(axis=-1)  # 3 tokens -> 3, 4, ..
+        rows, length = branch.embeds.shape[:2]
         starts = jnp.repeat(first, rows // len(first))
         rope = self.rope(starts[:, None] + jnp.arange(length))
-        # True behind every completion's end too: later keys change nothing before them.
-        repeated = jnp.repeat(mask, rows // len(mask), axis=0)
-        return rope, jnp.pad(repeated, ((0, 0), (0, length)), constant_values=True)
+        return rope, branch.join_mask(mask)
 
     def _forward(self, embeds, mask, remat: Remat, keep_cache: bool) -> tuple[jax.Array, Any]:
         embeds = constrain(embeds, "batch", "length", "embed")

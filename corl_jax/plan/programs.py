@@ -26,7 +26,7 @@ from corl_jax.train import build
 from corl_jax.train.average import start_average
 from corl_jax.train.image_codes import reads_codes
 from corl_jax.train.memory import count_turn_tokens, get_segment_length
-from corl_jax.train.optimizer import make_optimizer, master_dtype
+from corl_jax.train.optimizer import master_dtype
 from corl_jax.train.reference import cast_reference, has_own_copy, has_reference
 from corl_jax.train.resolve import RunOutline
 from corl_jax.train.step import Batch, TaskBatch, TrainState
@@ -102,9 +102,7 @@ def make_resident_arrays(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), part)  # noqa: B023
         for part, dtype in zip(parts, (master, stored), strict=True)
     )
-    optimizer = make_optimizer(
-        config.optimizer, outline.optimizer_steps, undecayed=outline.family.undecayed
-    )
+    optimizer = build.make_plan_optimizer(outline)
     shardings = build.state_shardings(optimizer, trained, mesh, outline.family.rules)
     fresh = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained)
@@ -191,11 +189,11 @@ def make_batch(
     return {task: make_task(task) for task in tasks}
 
 
-def _make_scores(name: str, segments: Sequence[Segment], shape: Any) -> tuple[Any, ...] | None:
-    """Returns shapes of the scores of segments by a field of `TaskBatch`; None if it has none."""
+def _make_scores(name: str, segments: Sequence[Segment], shape: Any) -> tuple[Any, ...]:
+    """Returns shapes of the scores of segments by a field of `TaskBatch`."""
     has_velocities = name == "ref_velocities"
     # The reference's velocities of a step are as large as the image; its log-probs are not used.
-    scores = tuple(
+    return tuple(
         None
         if name != "old_logprobs" and has_velocities != (segment.kind == LATENTS)
         else shape(
@@ -204,7 +202,6 @@ def _make_scores(name: str, segments: Sequence[Segment], shape: Any) -> tuple[An
         )
         for segment in segments
     )
-    return scores if any(score is not None for score in scores) else None
 
 
 def _make_image_values(segments: Sequence[Segment], count: int) -> Any:

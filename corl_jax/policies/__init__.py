@@ -36,7 +36,7 @@ class PolicyFiles:
 
     family: Family
     sizes: Sizes
-    processor: Any  # family.Processor
+    processor: Any  # processor.Processor
     folder: Path
 
 

@@ -17,6 +17,11 @@ from corl_jax.policies.choices import Choice, split_steps, token_logprobs
 from corl_jax.policies.decoding import Decoder
 from corl_jax.types import EncodedPrompts
 
+# Step t of a text and of an image would draw the same random numbers. A key of its own, and not
+# steps that count on, because the samples must not depend on the longest plan.
+IMAGE_KEYS = 2**31 - 1
+"""Folded into the keys that draw the image behind a plan; no plan has so many tokens."""
+
 
 class TextModel(Protocol):
     """A network that reads and scores text tokens."""
@@ -52,6 +57,18 @@ def check_group_size(prompts: EncodedPrompts, keys: jax.Array) -> int:
     if keys.shape[0] % count or not keys.shape[0]:
         raise ValueError(f"{keys.shape[0]} keys for {count} prompts: expected a positive multiple")
     return keys.shape[0] // count
+
+
+def fold_image_keys(keys: jax.Array) -> jax.Array:
+    """Returns the keys [N] that draw the images behind plans of keys [N]."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, IMAGE_KEYS)
+
+
+def count_plan_tokens(tokens: jax.Array, eos: int) -> jax.Array:
+    """Returns how many tokens [N] of plans [N, T] the image is drawn after: all before EOS."""
+    # [a, b, EOS, EOS] -> 2; [a, b, c, d], cut at max_new_tokens -> 4. Not from the mask: a loss
+    # may mask out what the image was drawn after.
+    return (jnp.cumsum(tokens == eos, axis=-1) == 0).sum(axis=-1, dtype=jnp.int32)
 
 
 def start_state(

@@ -89,9 +89,9 @@ def score_latents(velocity: Velocity, segment: Segment, denoising: Denoising) ->
     policies.
     """
     steps = segment.replay[STEPS]
-    before, after = take_step_latents(segment.values, steps)
+    _, after = take_step_latents(segment.values, steps)
     transitions = take_step_transitions(steps, denoising)
-    times = jnp.asarray(tabulate_sigmas(denoising), jnp.float32)[steps.reshape(-1)]
+    before, times = take_scored_inputs(segment, denoising)
     # One call for all steps, so that each prompt is read once for all of its images and steps.
     velocities = velocity(before, times)
     mean = predict_mean(before, velocities, transitions)
@@ -102,6 +102,13 @@ def score_latents(velocity: Velocity, segment: Segment, denoising: Denoising) ->
     else:
         logprobs = compute_logprobs(after, mean, transitions, dynamics)
     return logprobs.reshape(shape), None, velocities.reshape(*shape, *velocities.shape[1:])
+
+
+def take_scored_inputs(segment: Segment, denoising: Denoising) -> tuple[jax.Array, jax.Array]:
+    """Returns the latents [N * T, ...] and the times [N * T] of the scored steps."""
+    steps = segment.replay[STEPS]
+    before, _ = take_step_latents(segment.values, steps)
+    return before, jnp.asarray(tabulate_sigmas(denoising), jnp.float32)[steps.reshape(-1)]
 
 
 def score_given(velocity: Velocity, segment: Segment) -> LatentScores:

@@ -7,9 +7,9 @@ modules and never compares its name. docs/how_to/add_a_policy.md builds a small 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,56 +25,6 @@ from corl_jax.models.layers import Remat
 from corl_jax.tasks import Task, TurnKinds
 from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
 from corl_jax.weights.kinds import NetworkKind
-
-
-class Processor(Protocol):
-    """Turns rows into prompts and tokens into text, for one checkpoint, on the host.
-
-    A `prompt` is the name of a kind of prompt, as turns in `tasks.TASKS` name them.
-    """
-
-    special: Any  # ids of special tokens: a hashable dataclass with at least `eos`
-    image: Any  # how images of prompts are normalised: a hashable value
-    num_tokens: int  # tokens that the tokenizer knows
-
-    def prompt_ids(
-        self, prompt: str, columns: Mapping[str, Any], system_prompt: str = ""
-    ) -> list[int]:
-        """Returns the unpadded token ids of the prompt of a row.
-
-        Beside the columns of a task, a question may have `num_images` (1), all before its text, and
-        `lead` (a line break), the text between images and question.
-        """
-        ...
-
-    def encode(
-        self,
-        prompt: str,
-        ids: Sequence[Sequence[int]],
-        images: Sequence[Any] | None = None,
-        length: int | None = None,
-    ) -> EncodedPrompts:
-        """Pads prompts on the left to `length`, or to the bucket of the longest; adds images.
-
-        A question takes one PIL image for each prompt, of any size, or a list of as many for all.
-        """
-        ...
-
-    def pad(self, ids: Sequence[Sequence[int]], length: int | None = None) -> EncodedPrompts:
-        """Pads prompts without images on the left, as `encode`."""
-        ...
-
-    def bucket(self, length: int) -> int:
-        """Returns the padded length of a prompt of `length` tokens."""
-        ...
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Returns the text of token ids, without special tokens."""
-        ...
-
-    def answer_ids(self, text: str) -> list[int]:
-        """Returns the token ids of a completion, without an end token."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,8 +186,14 @@ class Limits:
     caches_codes: bool = True  # sampling keeps the keys and values of an image's codes
     latent_tokens: int | None = None  # tokens of an image's latents; None: it has none
     image_prompt: int | None = None  # tokens to which the prompt of an image is cut; None: never
+    has_begin_token: bool = True  # a token stands between a plan and the choices of its image
     # name of a tower -> number of its heads, which the mesh axis `tensor` has to divide
     sharded_heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def planned_image_tokens(self) -> int:
+        """The number of tokens that an image takes behind a plan."""
+        return self.image_tokens + self.has_begin_token
 
     @property
     def images_always_fit(self) -> bool:
@@ -302,7 +258,7 @@ class Family:
 
     kind: NetworkKind  # the network, its checkpoints and its layout on a mesh
     presets: Mapping[str, Sizes]  # published sizes by name, for the command `plan`
-    open_processor: Callable[[Path], Any]  # folder -> Processor
+    open_processor: Callable[[Path], Any]  # folder -> policies.processor.Processor
     # Special tokens for compiling without a tokenizer. Ids are constants of a program, no shapes.
     stand_in_tokens: Any
     prompt_bucket: int  # the processor pads prompts to a multiple of this many tokens
@@ -324,6 +280,8 @@ class Family:
     prompts: tuple[str, ...] = ("generate", "question")  # kinds that the processor encodes
     denoises: bool = False  # images are made by denoising: their segments are of latents
     undecayed: tuple[str, ...] = ()  # regexes of the parameters without weight decay
+    # name -> regexes of the parameters that can have a learning rate of their own
+    groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     # Sampling options of commands that neither the user nor the checkpoint states, where they are
     # not those of `sampling_options.DEFAULTS`.
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)

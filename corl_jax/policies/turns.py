@@ -14,7 +14,8 @@ import numpy as np
 
 from corl_jax.devices.batches import pad_rows, to_host_rows
 from corl_jax.policies.choices import sample_keys
-from corl_jax.policies.family import Family, Processor, Sample, SamplingOptions
+from corl_jax.policies.family import Family, Sample, SamplingOptions
+from corl_jax.policies.processor import Processor
 from corl_jax.tasks import LATENTS, TEXT
 from corl_jax.types import EncodedPrompts, Params, Rollout, Segment, Sizes
 

@@ -24,7 +24,8 @@ from PIL import Image
 from corl_jax.config.fields import Fraction, Positive
 from corl_jax.devices.batches import find_mesh, plan_pieces, process_shard, run_in_pieces
 from corl_jax.devices.processes import all_max
-from corl_jax.policies.family import Family, LogprobOptions, Processor, SamplingOptions
+from corl_jax.policies.family import Family, LogprobOptions, SamplingOptions
+from corl_jax.policies.processor import Processor
 from corl_jax.policies.turns import Sampler, bind_sampler, decode_segment, sample_turn
 from corl_jax.rewards import text
 from corl_jax.rewards.samples import (

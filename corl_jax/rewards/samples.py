@@ -100,7 +100,7 @@ class Policy:
     family: Family
     config: Sizes
     params: Params
-    processor: Any  # policies.family.Processor
+    processor: Any  # policies.processor.Processor
     dtype: Any
 
 

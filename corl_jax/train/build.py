@@ -49,7 +49,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
     config, mesh, family = plan.config, plan.mesh, plan.family
     trained, frozen = load_parts(plan)
     moving = make_moving_reference(plan, trained)
-    optimizer = make_optimizer(config.optimizer, plan.optimizer_steps, undecayed=family.undecayed)
+    optimizer = make_plan_optimizer(plan)
     shardings = state_shardings(optimizer, trained, mesh, family.rules)
     state = make_state(plan, optimizer, trained, shardings, moving)
     train_step, logprob_step = make_steps(plan, optimizer, shardings)
@@ -94,6 +94,14 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         phases=phases,
     )
     return run, state
+
+
+def make_plan_optimizer(plan: RunOutline) -> optax.GradientTransformation:
+    """Returns the optimizer of the config with the family's rules for its parameters."""
+    return make_optimizer(
+        plan.config.optimizer, plan.optimizer_steps, undecayed=plan.family.undecayed,
+        groups=plan.family.groups,
+    )  # fmt: skip
 
 
 def make_state(

@@ -13,13 +13,14 @@ from corl_jax.devices import batches
 from corl_jax.devices.mesh import find_layout_problems
 from corl_jax.errors import InputError
 from corl_jax.models.lora import Lora
-from corl_jax.nearest import nearest_multiples
-from corl_jax.params import partition
+from corl_jax.nearest import nearest_multiples, suggest_name
+from corl_jax.params import leaf_paths, partition
 from corl_jax.policies.family import Family, Limits
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import list_place_problems
 from corl_jax.tasks import plan_tasks
 from corl_jax.train import attending, sft
+from corl_jax.train.optimizer import is_in_group
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Params, Sizes
 from corl_jax.weights.export import check_export
@@ -122,8 +123,7 @@ def find_length_problems(config: Config, limits: Limits) -> list[str]:
     # Prompts of images may be cut; then only those of questions are as long as the data allows.
     completion = answer if limits.images_always_fit else max(answer, limits.image_tokens)
     if plan_tasks(stage.tasks(config)):
-        # The token that begins an image is in the completion, between the plan and the codes.
-        completion = answer + 1 + limits.image_tokens
+        completion = answer + limits.planned_image_tokens
     longest = config.data.max_prompt_length + completion
     if longest <= limits.positions:
         return []
@@ -159,7 +159,24 @@ def find_trainable_problems(config: Config, family: Family, sizes: Sizes) -> lis
         trained, _ = partition(family.abstract(sizes), trained_patterns(config, family))
     except InputError as error:
         return list(error.problems)
-    return _find_gradient_problems(config, family.tokenizer_parts, trained)
+    problems = _find_gradient_problems(config, family.tokenizer_parts, trained)
+    return problems + _find_group_problems(config, family, trained)
+
+
+def _find_group_problems(config: Config, family: Family, trained: Params) -> list[str]:
+    """Returns a problem for each learning rate of a group that trains nothing."""
+    problems, paths = [], [path for path, _ in leaf_paths(trained)]
+    for name in config.optimizer.learning_rates:
+        key = f"optimizer.learning_rates.{name}"
+        if name not in family.groups:
+            nearest = suggest_name(name, family.groups, f"a {family.name} has")
+            problems.append(f"{key}: no group of parameters; {nearest}")
+        elif not any(is_in_group(path, family.groups[name]) for path in paths):
+            problems.append(
+                f"{key}: nothing of this group is trained; leave it out, or add its parameters to "
+                f"train.trainable: {', '.join(family.groups[name])}"
+            )
+    return problems
 
 
 def _find_gradient_problems(config: Config, tokenizer: Sequence[str], trained: Params) -> list[str]:

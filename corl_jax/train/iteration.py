@@ -274,17 +274,24 @@ def make_batch(run: Run, state: TrainState, rollouts: Mapping[str, Rollout]) -> 
     if run.reference is not None or run.moving is not None:
         # Without the log-probs, so that both calls are of one program.
         scored = {t: dataclasses.replace(b, old_logprobs=None) for t, b in batch.items()}
-        # An exact divergence needs velocities, and no log-probs of the reference.
         latents = {t: b for t, b in scored.items() if LATENTS in b.kinds}
-        tokens = {t: b for t, b in scored.items() if set(b.kinds) != {LATENTS}}
+        tokens = {t: b for t, b in scored.items() if LATENTS not in b.kinds}
         with use_reference(run, state) as reference:
             ref = run.logprob_step(reference, run.frozen, tokens) if tokens else {}
-            velocities = run.velocity_step(reference, run.frozen, latents) if latents else {}
-        batch = {
-            t: dataclasses.replace(b, ref_logprobs=ref.get(t), ref_velocities=velocities.get(t))
-            for t, b in batch.items()
-        }
+            # An exact divergence needs velocities, and no log-probs of the reference.
+            ref |= run.velocity_step(reference, run.frozen, latents) if latents else {}
+        batch = {t: add_reference(b, ref[t]) for t, b in batch.items()}
     return batch
+
+
+def add_reference(task: TaskBatch, scores: Sequence[Any]) -> TaskBatch:
+    """Returns the task with the reference's scores: velocities of latents, log-probs of tokens."""
+    of_kinds = list(zip(task.kinds, scores, strict=True))
+    return dataclasses.replace(
+        task,
+        ref_logprobs=tuple(None if kind == LATENTS else score for kind, score in of_kinds),
+        ref_velocities=tuple(score if kind == LATENTS else None for kind, score in of_kinds),
+    )
 
 
 def make_update_batch(run: Run, batch: Batch, advantages: Mapping[str, Any]) -> Batch:

@@ -170,7 +170,7 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
 def _list_options_of_tokens(config: Config) -> tuple[str, ...]:
     """Returns the options that only texts read, if no task of the run makes one."""
     tasks = [TASKS[name] for name in choose_tasks(config.algorithm.tasks)]
-    if not STAGES[config.stage].compares or any(task.makes_text for task in tasks):
+    if not STAGES[config.stage].compares or any(task.makes_text or task.has_plan for task in tasks):
         return ()
     learning = (
         "algorithm.kl_estimator", "algorithm.clip_low", "algorithm.clip_high", "guards.entropy",

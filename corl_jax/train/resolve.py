@@ -23,8 +23,9 @@ from corl_jax.errors import Problems
 from corl_jax.evaluation import SUITES
 from corl_jax.nearest import suggest_name
 from corl_jax.policies import PolicyFiles, inspect_policy
-from corl_jax.policies.family import Family, Limits, Processor
+from corl_jax.policies.family import Family, Limits
 from corl_jax.policies.generation_config import read_generation
+from corl_jax.policies.processor import Processor
 from corl_jax.rewards import networks, registry
 from corl_jax.tasks import TASKS, choose_tasks_of_step
 from corl_jax.train import attending, fit

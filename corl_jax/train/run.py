@@ -28,7 +28,7 @@ class Run:
     # the policy
     family: Family
     sizes: Sizes  # with adapters, if the config asks for them
-    processor: Any  # policies.family.Processor
+    processor: Any  # policies.processor.Processor
     mesh: Mesh
     dtype: Any  # compute dtype
     frozen: Params

@@ -29,7 +29,7 @@ from corl_jax.devices.mesh import constrain
 from corl_jax.metrics import Metric, to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.family import Family, LogprobOptions, MeasureKl, Scores
-from corl_jax.tasks import CODES, LATENTS, TurnKinds, name_segments
+from corl_jax.tasks import LATENTS, TurnKinds, name_kind, name_segments
 from corl_jax.train.agreement import measure_agreement, pick_first
 from corl_jax.types import Array, EncodedPrompts, Params, Segment, Sizes
 
@@ -60,8 +60,9 @@ class TaskBatch:
     segments: tuple[Segment, ...]
     advantages: Array | None = None  # [N]; None in supervised training
     old_logprobs: tuple[Array, ...] | None = None  # of each segment; None: the policy itself
-    ref_logprobs: tuple[Array, ...] | None = None  # None: no KL penalty
-    # Of each segment, None for tokens; None: the divergence is estimated from log-probs
+    # Of each segment: log-probs of tokens, from which the divergence is estimated, and velocities
+    # of latents; None for the other kind. None: no KL penalty
+    ref_logprobs: tuple[Array | None, ...] | None = None
     ref_velocities: tuple[Array | None, ...] | None = None
     # The kinds of the segments of each turn; None: one turn has all segments.
     turns: TurnKinds | None = dataclasses.field(default=None, metadata={"static": True})
@@ -74,9 +75,7 @@ class TaskBatch:
     @property
     def turn_kinds(self) -> TurnKinds:
         """The kinds of the segments of each turn, by which a family finds how to score them."""
-        # Turns name the choices of an image CODES, whatever they are; see `tasks.LATENTS`.
-        kinds = tuple(CODES if kind == LATENTS else kind for kind in self.kinds)
-        return self.turns or (kinds,)
+        return self.turns or (tuple(map(name_kind, self.kinds)),)
 
 
 Batch = dict[str, TaskBatch]
@@ -352,12 +351,12 @@ def make_logprob_step(
     """Returns the jitted (trained, frozen, batch) -> {task: log-probs [N, T] of each segment}.
 
     It computes old log-probs before the first of several updates, and reference log-probs. With
-    `velocities` it returns the velocities [N, T, ...] of latents, and None for other segments.
+    `velocities` it returns the velocities [N, T, ...] of latents in the place of their log-probs.
     """
 
-    def select(scores: Scores) -> Array | None:
+    def select(scores: Scores) -> Array:
         logprobs, _, *of_latents = scores
-        return (of_latents[0] if of_latents else None) if velocities else logprobs
+        return of_latents[0] if of_latents and velocities else logprobs
 
     @jax.jit
     def logprob_step(trained: Params, frozen: Params, batch: Batch) -> Scored:

@@ -158,7 +158,8 @@ def test_each_problem_names_the_file_or_the_command_line(refuse, tmp_path):
     assert sorted(refuse("optimizer.weight_decay=-2", "train.max_steps=many", text=text)) == [
         "base.yaml: log.every: found 0, expected an integer >= 1",
         "base.yaml: optimizer.b1: found 2, expected a number >= 0 and <= 1",
-        "base.yaml: optimizer.eps2: unknown key; known in optimizer: name, learning_rate, b1, b2, "
+        "base.yaml: optimizer.eps2: unknown key; known in optimizer: name, learning_rate, "
+        "learning_rates, b1, b2, "
         "weight_decay, schedule, warmup_steps, max_grad_norm",
         "command line: optimizer.weight_decay: found -2, expected a number >= 0",
         "command line: train.max_steps: found 'many', expected an integer >= 0 or null",

@@ -80,7 +80,7 @@ def compute_theirs(pair, latents, times, hidden: bool) -> np.ndarray:
 def make_prefix(model, branch: str, prompts: EncodedPrompts) -> network.Prefix:
     if branch == "conditional":
         return model.make_prefix(prompts, SPECIAL)
-    return model.make_blank_prefix(prompts.attention_mask, SPECIAL)
+    return model.make_blank_prefix(prompts.attention_mask.sum(-1), SPECIAL)
 
 
 @pytest.mark.parametrize("branch", ["conditional", "unconditional"])

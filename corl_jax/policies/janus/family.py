@@ -89,6 +89,7 @@ FAMILY = Family(
     stand_in_tokens=SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5),
     prompt_bucket=BUCKET,
     trainable=layout.TRAINABLE,
+    groups=layout.GROUPS,
     float32_parts=layout.FLOAT32_PARTS,
     tokenizer_parts=layout.TOKENIZER_PARTS,
     adapters=Adapters(

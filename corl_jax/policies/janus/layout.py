@@ -13,6 +13,14 @@ FLOAT32_PARTS = ("vqmodel",)
 TRAINABLE = ("language_model/.*", "lm_head/.*")
 """Regexes of the parameters that CoRL trains."""
 
+GROUPS = {
+    "language_model": ("language_model/.*", "lm_head/.*"),
+    "image_head": ("generation_.*",),  # codes in, logits of codes out
+    "image_encoder": ("vision_model/.*", "aligner/.*"),
+    "image_tokenizer": ("vqmodel/.*",),
+}
+"""Name -> regexes of the parameters that can have a learning rate of their own."""
+
 TOKENIZER_PARTS = ("vqmodel",)
 """Parts that turn pixels into codes and back; only the stage vq trains them."""
 

@@ -28,6 +28,8 @@ from corl_jax.policies.choices import Choice, completion_mask
 from corl_jax.policies.chunked_logprobs import chunked_logprobs
 from corl_jax.policies.completions import (
     check_group_size,
+    count_plan_tokens,
+    fold_image_keys,
     make_text_draw,
     sample_until_ended,
 )
@@ -47,19 +49,6 @@ from corl_jax.policies.janus.sampling import (
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.tasks import CODES, TEXT
 from corl_jax.types import EncodedPrompts, Params, Segment
-
-# Step t of a text and of an image would draw the same random numbers. A key of its own, and not
-# steps that count on, because the samples must not depend on the longest plan.
-CODE_KEYS = 2**31 - 1
-"""Folded into the keys that draw the image codes; no plan has so many tokens."""
-
-
-def count_plan_tokens(tokens: jax.Array, eos: int) -> jax.Array:
-    """Returns how many tokens [N] of plans [N, T] the image is drawn after: all before EOS."""
-    # [a, b, EOS, EOS] -> 2; [a, b, c, d], cut at max_new_tokens -> 4. Not from the mask: a loss
-    # may mask out what the image was drawn after.
-    return (jnp.cumsum(tokens == eos, axis=-1) == 0).sum(axis=-1, dtype=jnp.int32)
-
 
 # ---- sampling
 
@@ -102,7 +91,7 @@ def _think_program(
         model, decoder, draw_text, rows.fan_out(last), max_new_tokens, special.eos
     )
     plan, logprobs = (x[:, :max_new_tokens] for x in (state.tokens, state.logprobs))
-    code_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, CODE_KEYS)
+    code_keys = fold_image_keys(keys)
     code_choice = Choice(temperature, greedy, greedy_last=greedy_last)
     draw_code = make_code_draw(model, rows, code_choice, code_keys, cfg_scale, image_logprobs)
     caches = decoder.make_room(state.caches, max_new_tokens, config.num_image_tokens)

@@ -10,7 +10,7 @@ from corl_jax.policies.family import Adapters, Family, Limits, TurnProgram
 from corl_jax.policies.janus.image_settings import ImageSettings
 from corl_jax.policies.janus.images import normalise_pixels
 from corl_jax.policies.janus.tokens import SpecialTokens
-from corl_jax.policies.janus_flow import images, layout, logprobs, network, sampling
+from corl_jax.policies.janus_flow import images, layout, logprobs, network, sampling, thinking
 from corl_jax.policies.janus_flow.checkpoint import KIND
 from corl_jax.policies.janus_flow.network import JanusFlowConfig
 from corl_jax.policies.janus_flow.prompts import BUCKET, PROMPTS, Processor
@@ -35,6 +35,7 @@ def describe_limits(sizes: JanusFlowConfig) -> Limits:
         kv_heads=llama.num_kv_heads,
         head_dim=llama.head_dim,
         caches_codes=False,
+        has_begin_token=False,  # that of the time is a token of the image
         latent_tokens=sizes.num_image_tokens,
         sharded_heads={
             "heads of language_model": llama.num_heads,
@@ -64,6 +65,7 @@ FAMILY = Family(
     stand_in_tokens=SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5),
     prompt_bucket=BUCKET,
     trainable=layout.TRAINABLE,
+    groups=layout.GROUPS,
     float32_parts=layout.FLOAT32_PARTS,
     tokenizer_parts=layout.TOKENIZER_PARTS,
     adapters=Adapters(
@@ -79,6 +81,9 @@ FAMILY = Family(
             sampling.sample_latents, logprobs.score_steps, measure_kl=measure_kl
         ),
         ((TEXT,),): TurnProgram(sampling.sample_answers, logprobs.score_answers),
+        ((TEXT, CODES),): TurnProgram(
+            thinking.sample_thinking, thinking.score_thinking, measure_kl=measure_kl
+        ),
     },
     prompts=PROMPTS,
     denoises=True,

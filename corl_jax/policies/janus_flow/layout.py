@@ -13,6 +13,14 @@ FLOAT32_PARTS = ("vae",)
 TRAINABLE = ("language_model/.*", "lm_head/.*", "generation_.*")
 """Regexes of the parameters that are trained: all that text or a velocity depends on."""
 
+GROUPS = {
+    "language_model": ("language_model/.*", "lm_head/.*"),
+    "image_head": ("generation_.*",),  # around the language model: latents in, velocities out
+    "image_encoder": ("vision_model/.*", "aligner/.*", "begin_embedding"),
+    "image_tokenizer": ("vae/.*",),
+}
+"""Name -> regexes of the parameters that can have a learning rate of their own."""
+
 TOKENIZER_PARTS = ("vae",)
 """Parts that turn pixels into latents and back."""
 

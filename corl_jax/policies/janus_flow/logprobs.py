@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
+import jax
 
 from corl_jax.algorithms.flow.trajectory import Velocity, guide_velocity
 from corl_jax.policies.causal_answers import score_text
@@ -25,18 +25,27 @@ def make_velocity(model: JanusFlow, prompts: EncodedPrompts, options: LogprobOpt
     Gradients flow through both of its branches.
     """
 
-    def read(prefix: Prefix) -> Velocity:
-        return lambda latents, times: model.velocity(
+    prefix = model.make_prefix(prompts, options.special)
+
+    def compute(latents: jax.Array, times: jax.Array) -> jax.Array:
+        conditional = model.velocity(
             latents, times, prefix, remat=options.remat, attention=options.attention
         )
+        return add_guidance(model, conditional, latents, times, prefix, options)
 
-    conditional = read(model.make_prefix(prompts, options.special))
+    return compute
+
+
+def add_guidance(
+    model: JanusFlow, conditional: jax.Array, latents: jax.Array, times: jax.Array, prefix: Prefix,
+    options: LogprobOptions,
+) -> jax.Array:  # fmt: skip
+    """Returns the velocities [N, h, w, C] behind a prefix with the guidance of the sampler."""
     if options.cfg_scale == 1.0:
         return conditional
-    other = read(model.make_blank_prefix(jnp.asarray(prompts.attention_mask), options.special))
-    return lambda latents, times: guide_velocity(
-        conditional(latents, times), other(latents, times), options.cfg_scale
-    )
+    blank = model.make_blank_prefix(prefix.first, options.special)
+    other = model.velocity(latents, times, blank, remat=options.remat, attention=options.attention)
+    return guide_velocity(conditional, other, options.cfg_scale)
 
 
 def score_steps(

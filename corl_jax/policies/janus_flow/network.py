@@ -22,7 +22,7 @@ from corl_jax import params as params_lib
 from corl_jax.models import modules
 from corl_jax.models.attention import AttentionKernel
 from corl_jax.models.layers import Remat, make_linear
-from corl_jax.models.llama import AdaptedLlamaConfig, KVCache, Llama, LlamaConfig
+from corl_jax.models.llama import AdaptedLlamaConfig, Branch, KVCache, Llama, LlamaConfig
 from corl_jax.models.lora import Lora
 from corl_jax.models.sd_vae import SdVae, SdVaeConfig
 from corl_jax.models.siglip import Siglip, SiglipConfig
@@ -80,12 +80,21 @@ def blank_ids(input_ids: jax.Array, special: SpecialTokens) -> jax.Array:
 
 
 class Prefix(NamedTuple):
-    """What the tokens of an image follow: B prompts, or one for all images."""
+    """What the tokens of an image follow: B prompts, or one for all images; then plans, if any."""
 
     embeds: jax.Array  # [B, P, D], padded on the left
     mask: jax.Array  # [B, P] bool, True on real tokens
     # [M] int32 positions of the first token of an image; M divides the number of images
     first: jax.Array
+    plans: tuple[Branch, ...] = ()  # texts between prompts and images: none, or one branch
+
+    @property
+    def joint_mask(self) -> jax.Array:
+        """The mask [B, P] of the prompts, or [N, P + T] with their plans behind them."""
+        mask = self.mask
+        for plan in self.plans:
+            mask = plan.join_mask(mask)
+        return mask
 
 
 class JanusFlow(nnx.Module):
@@ -165,15 +174,25 @@ class JanusFlow(nnx.Module):
         seen = mask & (ids != special.pad)
         return Prefix(self.embed_text(ids), seen, mask.sum(axis=-1, dtype=jnp.int32))
 
-    def make_blank_prefix(self, mask: jax.Array, special: SpecialTokens) -> Prefix:
+    def make_plan_prefix(
+        self, prompts: EncodedPrompts, plans: jax.Array, lengths: jax.Array, special: SpecialTokens
+    ) -> Prefix:
+        """Returns the prefix of images behind plans [N, T] of `lengths` [N] tokens each."""
+        prefix = self.make_prefix(prompts, special)
+        branch = Branch(self.embed_text(plans), jnp.arange(plans.shape[1]) < lengths[:, None])
+        # The image follows the last token of its plan: no position is left out between them.
+        first = jnp.repeat(prefix.first, len(plans) // len(prefix.first)) + lengths
+        return prefix._replace(first=first, plans=(branch,))
+
+    def make_blank_prefix(self, first: jax.Array, special: SpecialTokens) -> Prefix:
         """Returns the prefix of guidance's other branch: BOS, and hidden tokens that still count.
 
-        `mask` [B, P] is that of the prompts in the conditional branch.
+        `first` [M] are the positions of the images in the conditional branch.
         """
         # A prompt of 5 tokens: BOS has position 0, and the image begins at position 5, not 1. The
         # pad makes an even length, which cuDNN needs for gradients.
         ids, seen = jnp.array([[special.pad, special.bos]]), jnp.array([[False, True]])
-        return Prefix(self.embed_text(ids), seen, mask.sum(axis=-1, dtype=jnp.int32))
+        return Prefix(self.embed_text(ids), seen, first)
 
     def velocity(
         self,
@@ -189,18 +208,36 @@ class JanusFlow(nnx.Module):
         `times` [N] are 1 for noise and 0 for data. N is a multiple of the prompts, and rows of the
         same prompt are neighbours: each prompt is read once for its images at all their times.
         """
+        return self.read_images(latents, times, prefix, remat=remat, attention=attention)[-1]
+
+    def read_images(
+        self,
+        latents: jax.Array,
+        times: jax.Array,
+        prefix: Prefix,
+        *,
+        remat: Remat = "none",
+        attention: AttentionKernel = "xla",
+    ) -> list[jax.Array]:
+        """Computes the hidden states of prompts and of plans, and the `velocity` of images."""
         tokens, skip, condition = self._read_latents(latents, times, remat)
-        _, hidden = self.language_model.after_prompts(
-            prefix.embeds, prefix.mask, tokens, first=prefix.first, remat=remat, attention=attention
+        branches = (*prefix.plans, Branch(tokens, first=prefix.first))
+        *states, hidden = self.language_model.read_branches(
+            prefix.embeds, prefix.mask, branches, remat=remat, attention=attention
         )
-        return self._make_velocity(hidden, skip, condition, remat)
+        return [*states, self._make_velocity(hidden, skip, condition, remat)]
 
     def prefill(self, prefix: Prefix) -> KVCache:
         """Computes the keys and values [L, B, P, kv_heads, head_dim] of a prefix.
 
-        They are the same at all times, because no prompt token sees the image behind it.
+        They are the same at all times, because no token sees the image behind it. With plans they
+        are [L, N, P + T, ...].
         """
-        return self.language_model.prefill(prefix.embeds, prefix.mask)[1]
+        mask, caches = prefix.mask, self.language_model.prefill(prefix.embeds, prefix.mask)[1]
+        for plan in prefix.plans:
+            caches = self.language_model.extend_caches(caches, mask, plan)
+            mask = plan.join_mask(mask)
+        return caches
 
     def velocity_after(
         self,
@@ -214,7 +251,7 @@ class JanusFlow(nnx.Module):
         """Computes the same as `velocity`, with the `caches` of `prefill`."""
         tokens, skip, condition = self._read_latents(latents, times, "none")
         hidden = self.language_model.after_caches(
-            caches, prefix.mask, tokens, first=prefix.first, attention=attention
+            caches, prefix.joint_mask, Branch(tokens, first=prefix.first), attention=attention
         )
         return self._make_velocity(hidden, skip, condition, "none")
 

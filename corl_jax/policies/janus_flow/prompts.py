@@ -11,11 +11,11 @@ from typing import Any
 
 from corl_jax.policies.janus import prompts as janus
 from corl_jax.policies.janus.image_settings import ImageSettings
-from corl_jax.policies.janus.prompts import BUCKET, GENERATE, QUESTION
+from corl_jax.policies.janus.prompts import BUCKET, GENERATE, QUESTION, THINK
 from corl_jax.policies.janus.tokens import ROLE_NAMES
 from corl_jax.policies.janus_flow.checkpoint.flow_config import parse_vision
 
-PROMPTS = (GENERATE, QUESTION)
+PROMPTS = (GENERATE, QUESTION, THINK)
 """Kinds of prompts that this processor encodes."""
 SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual "

@@ -28,15 +28,16 @@ from corl_jax.tasks import TEXT
 from corl_jax.types import EncodedPrompts, Params, Segment
 
 
-def _open_model(config: JanusFlowConfig, params: Params, dtype: Any) -> JanusFlow:
+def open_model(config: JanusFlowConfig, params: Params, dtype: Any) -> JanusFlow:
+    """Returns the network of a sampling program, which computes in `dtype`."""
     return network.bind(config, gather_over_fsdp(network.cast(params, dtype), RULES))
 
 
 def make_cached_velocity(
-    model: JanusFlow, prompts: EncodedPrompts, special: Any, cfg_scale: jax.Array | None,
+    model: JanusFlow, prefix: Prefix, special: Any, cfg_scale: jax.Array | None,
     attention: AttentionKernel,
 ) -> Velocity:  # fmt: skip
-    """Returns the velocity of images behind prompts, which are read now, once.
+    """Returns the velocity of images behind prompts or plans, which are read now, once.
 
     Without a `cfg_scale` there is no guidance.
     """
@@ -47,11 +48,11 @@ def make_cached_velocity(
             latents, times, prefix, caches, attention=attention
         )
 
-    conditional = read(model.make_prefix(prompts, special))
+    conditional = read(prefix)
     if cfg_scale is None:
         return conditional
     # A pass for each branch: the hundreds of tokens of each image fill a device already.
-    other = read(model.make_blank_prefix(jnp.asarray(prompts.attention_mask), special))
+    other = read(model.make_blank_prefix(prefix.first, special))
     return lambda latents, times: guide_velocity(
         conditional(latents, times), other(latents, times), cfg_scale
     )
@@ -66,16 +67,17 @@ def image_program(
     cfg_scale: jax.Array, *, special: Any, guided: bool, denoising: Denoising, dtype: Any,
     attention: AttentionKernel,
 ) -> Segment:  # fmt: skip
-    model = _open_model(config, params, dtype)
+    model = open_model(config, params, dtype)
+    prefix = model.make_prefix(prompts, special)
     velocity = make_cached_velocity(
-        model, prompts, special, cfg_scale if guided else None, attention
+        model, prefix, special, cfg_scale if guided else None, attention
     )
     return draw_latents(
         velocity, keys, check_group_size(prompts, keys), config.latent_shape, denoising
     )
 
 
-text_program = make_text_program(_open_model)
+text_program = make_text_program(open_model)
 
 
 def choose_kernel(sizes: JanusFlowConfig, options: SamplingOptions) -> attentions.DecodeKernel:

@@ -125,6 +125,7 @@ FAMILY = Family(
     stand_in_tokens=make_special_tokens(50295, 8192),
     prompt_bucket=BUCKET,
     trainable=layout.TRAINABLE,
+    groups=layout.GROUPS,
     undecayed=layout.UNDECAYED,
     float32_parts=layout.FLOAT32_PARTS,
     tokenizer_parts=layout.TOKENIZER_PARTS,

@@ -13,6 +13,14 @@ FLOAT32_PARTS = ("vqmodel",)
 TRAINABLE = ("language_model/.*", "lm_head/.*")
 """Regexes of the parameters that are trained."""
 
+# Image codes are words of the language model, so there is no part for them alone.
+GROUPS = {
+    "language_model": ("language_model/.*", "lm_head/.*"),
+    "image_encoder": ("vision_tower/.*", "mm_projector/.*"),
+    "image_tokenizer": ("vqmodel/.*",),
+}
+"""Name -> regexes of the parameters that can have a learning rate of their own."""
+
 # The original's list also has norms and embeddings, under names that no parameter has.
 UNDECAYED = (".*/bias",)
 """Regexes of the parameters without weight decay, as in Show-o's own training."""

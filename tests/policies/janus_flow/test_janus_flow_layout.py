@@ -87,7 +87,8 @@ def test_bfloat16_stays_near_float32(config, params):
     @jax.jit
     def compute(params):
         model = network.bind(config, params)
-        velocity = make_cached_velocity(model, prompts, SPECIAL, None, "xla")
+        prefix = model.make_prefix(prompts, SPECIAL)
+        velocity = make_cached_velocity(model, prefix, SPECIAL, None, "xla")
         skip, condition = model.generation_encoder(latents, times)
         return velocity(latents, times), skip, condition
 

@@ -6,6 +6,7 @@ import argparse
 import json
 
 import numpy as np
+import pandas
 import pytest
 from PIL import Image
 
@@ -79,6 +80,41 @@ def test_both_tasks_with_several_updates_and_micro_batches(model, rows, tmp_path
     convert(tmp_path / "run" / "export", tmp_path / "jax", trained.family.kind)
     again = flatten(load_policy(tmp_path / "jax").params)
     assert all(np.array_equal(again[path], leaf) for path, leaf in found.items())
+
+
+def test_plans_and_their_images_with_several_updates_and_micro_batches(
+    model, rows, tmp_path, one_device, capsys
+):
+    weight, output = 0.25, tmp_path / "run"
+    lines = run(
+        model, rows, output, train={"micro_batch": 2, "max_steps": 1},
+        algorithm={"tasks": "think", "num_iterations": 2, "kl_coef": 0.1,
+                   "earlier_loss_weight": weight},
+        rollout={"cfg_scale": 2.0, "temperature": 0.9, "max_new_tokens": 5},
+        rewards=[{"name": "t2i_pixel_mse"}], export={"layout": "original"},
+        log={"images_every": 1, "samples_every": 1},
+        eval={"suite": "rewards", "rows": 4, "batch_prompts": 4},
+    )  # fmt: skip
+    assert "has no effect" not in capsys.readouterr().err
+    line = next(line for line in lines if "loss" in line)
+    assert 0 <= line["think/codes/ratio_first"] < 1e-5
+    assert line[f"think/text/{DIFFERENCE}"] < 1e-4
+    assert line["think/codes/kl"] > 0 and line["think/text/kl"] > 0
+    # With the penalty of each segment, which its loss has as well.
+    expected = weight * line["think/text/loss"] + line["think/codes/loss"]
+    assert line["loss"] == pytest.approx(expected, abs=1e-6)
+    assert line["think/codes/completions/mean_length"] == DENOISING["window"]
+    assert 1 <= line["think/text/completions/mean_length"] <= 5
+    assert any("eval/think/t2i_pixel_mse" in line for line in lines)
+    table = pandas.read_parquet(output / "samples" / "step_000001.parquet")
+    assert set(table["task"]) == {"think"} and table["plan"].map(len).sum() > 0
+    arguments = ["image", "--model", str(output / "export"), "--prompt", "a red circle"]
+    generate.main([*arguments, "--out", str(tmp_path / "images"), "--think", "--image-steps", "2",
+                   "--temperature", "0.5", "--dtype", "float32"])  # fmt: skip
+    (record,) = map(json.loads, (tmp_path / "images" / "samples.jsonl").read_text().splitlines())
+    assert record["tokens"] == [] and 1 <= len(record["plan_tokens"]) <= 5
+    with Image.open(tmp_path / "images" / record["file"]) as image:
+        assert image.size == (16, 16)
 
 
 @pytest.mark.slow
@@ -193,7 +229,6 @@ def test_a_plan_has_the_latents_that_a_run_has(model, rows, tmp_path, capsys):
         ),
         ({"algorithm": {"name": "remax"}}, "compares with a greedy completion"),
         ({"algorithm": {"kl_coef": 0.1, "kl_in": "reward"}}, "algorithm.kl_in: found reward"),
-        ({"algorithm": {"tasks": "think"}}, "which a janus_flow does not make"),
         ({"algorithm": {"tasks": "self_qa"}}, "which a janus_flow does not make"),
     ],
 )
