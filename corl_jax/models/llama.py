@@ -174,11 +174,8 @@ class Llama(nnx.Module):
         # Each prompt is read once, not once per completion. With 8 completions of 256 tokens and
         # prompts of 676 that is 2,724 tokens a group instead of 7,456.
         prompts = constrain(prompts, "batch", "length", "embed")
-        # cuDNN differentiates even lengths only. A padding token after the last one changes nothing
-        # before it.
         num_tokens = completions.shape[1]
-        odd = num_tokens % 2 if attention == "cudnn" else 0
-        completions = jnp.pad(completions, ((0, 0), (0, odd), (0, 0)))
+        completions = _make_even(completions, attention)
         completions = constrain(completions, "batch", "length", "embed")
         prompt_rope = self.rope(compute_positions(mask))
         rope, joint_mask = self._place_completions(mask, completions, first)
@@ -207,6 +204,8 @@ class Llama(nnx.Module):
         They equal those of `after_prompts`. `caches` are [L, B, P, kv_heads, head_dim], `mask`
         [B, P] is that of the prompts.
         """
+        num_tokens = completions.shape[1]
+        completions = _make_even(completions, attention)
         completions = constrain(completions, "batch", "length", "embed")
         rope, joint_mask = self._place_completions(mask, completions, first)
         graphdef, state = nnx.split(self.layers)
@@ -215,7 +214,8 @@ class Llama(nnx.Module):
             block = nnx.merge(graphdef, layer[0])
             return block.after(x, layer[1], rope, joint_mask, attention), None
 
-        return self.norm(jax.lax.scan(step, completions, (state, caches))[0])
+        completions, _ = jax.lax.scan(step, completions, (state, caches))
+        return self.norm(completions[:, :num_tokens])
 
     def _place_completions(
         self, mask: jax.Array, completions: jax.Array, first: jax.Array | None
@@ -244,6 +244,14 @@ class Llama(nnx.Module):
 
         x, caches = layers.scan_layers(self.layers, step, embeds, remat)
         return self.norm(x), caches
+
+
+def _make_even(completions: jax.Array, attention: AttentionKernel) -> jax.Array:
+    """Returns completions [N, T, D] of a length that the kernel can attend over."""
+    # cuDNN differentiates even lengths only. A padding token after the last one changes nothing
+    # before it.
+    odd = completions.shape[1] % 2 if attention == "cudnn" else 0
+    return jnp.pad(completions, ((0, 0), (0, odd), (0, 0)))
 
 
 def compute_positions(mask: jax.Array) -> jax.Array:
