@@ -254,7 +254,9 @@ class Llama(nnx.Module):
         They equal those of `read_branches`. `caches` are [L, B, P, kv_heads, head_dim], as
         `prefill` and `extend_caches` return them; `mask` [B, P] is that of their tokens.
         """
-        return self.norm(self._scan_caches(caches, mask, branch, attention, keep_cache=False)[0])
+        padded = branch.pad_to_multiple(2 if attention == "cudnn" else 1)
+        x, _ = self._scan_caches(caches, mask, padded, attention, keep_cache=False)
+        return self.norm(x[:, : branch.embeds.shape[1]])
 
     def extend_caches(
         self, caches: KVCache, mask: jax.Array, branch: Branch, *,
@@ -303,6 +305,7 @@ class Llama(nnx.Module):
 
         x, caches = layers.scan_layers(self.layers, step, embeds, remat)
         return self.norm(x), caches
+
 
 
 def compute_positions(mask: jax.Array) -> jax.Array:

@@ -180,18 +180,31 @@ def test_a_dead_channel_has_finite_gradients():
     assert np.isfinite(gradient).all()
 
 
-def test_gradients_of_a_depthwise_convolution_are_those_of_xla():
-    """Its own gradient equals that of the plain convolution, which is right on one device."""
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_depthwise_convolution_is_that_of_xla(dtype):
+    """Its values and its own gradients equal those of the plain convolution."""
     keys = jax.random.split(jax.random.key(0), 3)
-    x, weights = (jax.random.normal(key, (3, 5, 4, 6)) for key in keys[:2])
-    kernel = jax.random.normal(keys[2], (7, 7, 1, 6))
+    x, weights = (jax.random.normal(key, (3, 5, 4, 6), dtype) for key in keys[:2])
+    kernel = jax.random.normal(keys[2], (7, 7, 1, 6), dtype)
 
-    def make_loss(convolve):
-        return jax.jit(jax.grad(lambda *inputs: (convolve(*inputs) * weights).sum(), (0, 1)))
+    def convolve_plainly(x, kernel):
+        return jax.lax.conv_general_dilated(
+            *(y.astype(jnp.float32) for y in (x, kernel)), (1, 1), "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=6,
+        )  # fmt: skip
 
-    plain = uvit.convolve_depthwise.fun  # without the rule for its gradient
+    def compute(convolve):
+        def loss(*inputs):
+            result = convolve(*inputs)
+            return (result.astype(jnp.float32) * weights).sum(), result
+
+        gradients, result = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, kernel)
+        return *gradients, result
+
+    atol = NETWORK if dtype == jnp.float32 else 0.1  # of values up to 20, rounded to 8 bits
     with jax.default_matmul_precision("highest"):
         for found, expected in zip(
-            make_loss(uvit.convolve_depthwise)(x, kernel), make_loss(plain)(x, kernel), strict=True
+            compute(uvit.convolve_depthwise), compute(convolve_plainly), strict=True
         ):
-            np.testing.assert_allclose(found, expected, atol=NETWORK)
+            assert found.dtype == dtype
+            np.testing.assert_allclose(*(y.astype(np.float32) for y in (found, expected)), atol=atol)

@@ -5,11 +5,14 @@
     python -m tools.bench --parts image,text,train --peer transformers
     python -m tools.bench --size tiny                     # everything, on a CPU
     python -m tools.bench --size show-o-256 --peer transformers
+    python -m tools.bench --size janus-flow-1.3b --peer transformers
 
 Parts: rewards, image and text (rollouts), vq (codes to pixels), train (one optimizer step),
 iteration (rollouts and step), correctness (do samplers and trainer agree), gradients (are log-probs
 and gradients of the update's attention right); of Show-o, without rewards, also forward (one pass)
-and logprobs. Only if named: logprobs of the other sizes, bits (does each call give the same bits),
+and logprobs. Of JanusFlow, without rewards, correctness and train, also unguided (image without
+guidance), logprobs and train_image (an optimizer step on images alone). Only if named: these parts
+of the other sizes, bits (does each call give the same bits),
 self_qa, self_sft and self_sft_through (one optimizer step on own images), detector (GenEval's, in
 images/s), builds (the image sampler with each set of compiler options) and, on a mesh with fsdp,
 layouts (decoding with matrices gathered, and split as in training).
@@ -25,7 +28,8 @@ The benchmark uses one device, or those of --mesh, laid out as in the training c
     python -m tools.bench --size 7b --parts train,iteration --mesh fsdp=4 --prompts 32
 
 With --peer the same image, text and train are measured in PyTorch first, with transformers' Janus
-or Phi and as the reference writes them. `times_...` in this project's figures is PyTorch's seconds
+or Phi and as the reference writes them; of JanusFlow image, unguided and train_image, with
+transformers' Llama. `times_...` in this project's figures is PyTorch's seconds
 over its own.
 """
 
@@ -81,7 +85,9 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "image": generation.measure_image,
     "text": generation.measure_text,
     "vq": generation.measure_vq,
+    "unguided": generation.measure_unguided,
     "train": training.measure_train,
+    "train_image": training.measure_image_update,
     "iteration": training.measure_iteration,
     "correctness": correctness.measure_correctness,
     "gradients": gradients.measure_gradients,
@@ -96,7 +102,7 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
 ALONE = ("rewards", "correctness", "gradients", "detector")  # parts for one device
 SPLIT = ("layouts",)  # parts for a mesh that splits matrices
 WITH_ADAPTERS = ("train", "iteration", "image", "text", "gradients")  # parts that --lora changes
-PASSES = ("forward", "logprobs")  # --lora changes these too; they are no usual parts of every size
+PASSES = ("forward", "logprobs", "unguided", "train_image")  # --lora changes these too; they are no usual parts of every size
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
 

@@ -122,7 +122,7 @@ def count_forward_operations(costs: Costs, work: Work, shared: bool) -> float:
 
 
 def count_drawing_operations(costs: Costs, work: Work, steps: int) -> float:
-    """Counts the operations of drawing images in any order: texts once, images in every step."""
+    """Counts the operations of drawing images in steps: texts once, images in every step."""
     prompts, images = _count_prompts(costs, work, shared=True), _count_completions(costs, work)
     return prompts.forward + steps * images.forward
 

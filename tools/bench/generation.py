@@ -19,7 +19,6 @@ from tools.bench.cost import Work, count_drawing_operations, count_step_bytes
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 
-CFG_SCALE = 5.0
 STREAMS = {"t2i": 0, "mm2t": 1}
 
 
@@ -38,8 +37,11 @@ def make_prompts(setting: Setting, task: str) -> EncodedPrompts:
 
 
 def make_codes(setting: Setting) -> jax.Array:
-    """Returns random codes [N, T] int32 of all completions."""
+    """Returns random codes [N, T] int32 of all completions, or latents [N, 1, h, w, C] float32."""
     size = setting.size
+    if size.family.denoises:
+        shape = (setting.completions, 1, *size.policy.latent_shape)
+        return setting.place(np.random.default_rng(0).standard_normal(shape, np.float32))
     shape = (setting.completions, size.limits.image_tokens)
     count = size.measured.count_codes(size.policy)
     codes = np.random.default_rng(0).integers(0, count, shape)
@@ -51,8 +53,8 @@ def make_sampling_options(setting: Setting, task: str, **changes: Any) -> Sampli
     options = SamplingOptions(
         # The end of text is a part of some prompts of images, and no code.
         special=setting.processor.special if task == "t2i" else setting.endless,
-        max_new_tokens=setting.size.new_tokens, cfg_scale=CFG_SCALE, dtype=COMPUTE,
-        unmasking=Unmasking(setting.size.steps, "none"),
+        max_new_tokens=setting.size.new_tokens, cfg_scale=setting.size.cfg_scale, dtype=COMPUTE,
+        unmasking=Unmasking(setting.size.steps, "none"), denoising=setting.size.denoising,
     )  # fmt: skip
     return dataclasses.replace(options, **changes)
 
@@ -80,13 +82,23 @@ def measure_image(setting: Setting) -> Iterator[Record]:
     """Measures the image rollout: guided tokens alone, and with their pixels on the host.
 
     Milliseconds a step are of the tokens, prefill included. So are the fraction of the roofline,
-    which is the time of a step's bytes (see `cost`) at the measured rate of copying, and for codes
-    that are drawn in any order `mfu`, of the operations that the mathematics needs, at the measured
-    rate of products.
+    which is the time of a step's bytes (see `cost`) at the measured rate of copying, and for images
+    that are drawn in any order or by denoising `mfu`, of the operations that the mathematics needs,
+    at the measured rate of products.
     """
+    return _measure_images(setting, "image", setting.size.cfg_scale)
+
+
+def measure_unguided(setting: Setting) -> Iterator[Record]:
+    """Measures the image rollout without guidance; see `measure_image`."""
+    return _measure_images(setting, "unguided", 1.0)
+
+
+def _measure_images(setting: Setting, part: str, cfg_scale: float) -> Iterator[Record]:
     size, params = setting.size, setting.make_policy(COMPUTE)
     prompts, keys = setting.place(make_prompts(setting, "t2i")), make_keys(setting, "t2i")
-    sample = functools.partial(make_samplers(setting)["t2i"], params, prompts, keys)
+    sampler = make_samplers(setting, cfg_scale=cfg_scale)["t2i"]
+    sample = functools.partial(sampler, params, prompts, keys)
 
     def sample_pixels() -> np.ndarray:
         codes = sample().values
@@ -94,18 +106,19 @@ def measure_image(setting: Setting) -> Iterator[Record]:
         # On the host, where rewards read them: the copy is a part of the time.
         return np.asarray(pixels)
 
-    tokens = setting.measure("image_tokens", sample)
-    length = size.limits.image_tokens
-    work = Work("t2i", setting.prompts, setting.group, size.image_prompt, length, guided=True)
+    tokens = setting.measure(f"{part}_tokens", sample)
+    length, is_guided = size.limits.image_tokens, cfg_scale != 1
+    work = Work("t2i", setting.prompts, setting.group, size.image_prompt, length, is_guided)
     if size.limits.caches_codes:
         figures = _describe_decoding(setting, work, tokens.median, length)
     else:
         figures = _describe_drawing(setting, work, tokens.median)
-    yield Record("image", "tokens", tokens, figures)
-    whole = setting.measure("image", sample_pixels)
-    yield Record(
-        "image", "tokens and pixels", whole, {"images_per_s": setting.completions / whole.median}
-    )
+    drawn = "latents" if size.family.denoises else "tokens"
+    figures["images_per_s"] = setting.completions / tokens.median
+    yield Record(part, drawn, tokens, figures)
+    whole = setting.measure(part, sample_pixels)
+    rate = {"images_per_s": setting.completions / whole.median}
+    yield Record(part, f"{drawn} and pixels", whole, rate)
 
 
 def measure_text(setting: Setting) -> Iterator[Record]:
@@ -137,7 +150,7 @@ def measure_text(setting: Setting) -> Iterator[Record]:
 
 
 def measure_vq(setting: Setting) -> Iterator[Record]:
-    """Measures codes to pixels, uint8 on the host."""
+    """Measures codes, or latents, to pixels, uint8 on the host."""
     size, params, codes = setting.size, setting.make_policy(COMPUTE), make_codes(setting)
 
     def decode() -> np.ndarray:
@@ -146,7 +159,8 @@ def measure_vq(setting: Setting) -> Iterator[Record]:
 
     timing = setting.measure("vq", decode)
     rate = setting.completions / timing.median
-    yield Record("vq", "codes to pixels", timing, {"images_per_s": rate})
+    name = f"{'latents' if size.family.denoises else 'codes'} to pixels"
+    yield Record("vq", name, timing, {"images_per_s": rate})
 
 
 def _describe_decoding(setting: Setting, work: Work, seconds: float, steps: int) -> dict[str, Any]:
@@ -165,7 +179,7 @@ def _describe_decoding(setting: Setting, work: Work, seconds: float, steps: int)
 
 
 def _describe_drawing(setting: Setting, work: Work, seconds: float) -> dict[str, Any]:
-    """Returns the cost of drawing images in any order, against the measured rate of products."""
+    """Returns the cost of drawing images in steps, against the measured rate of products."""
     steps = setting.size.measured.count_steps(setting.size.policy, setting.unmasking)
     needed = count_drawing_operations(setting.size.costs, work, steps)
     return {"steps": steps, "ms_per_step": 1e3 * seconds / steps} | setting.compare_with_products(

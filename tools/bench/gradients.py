@@ -22,6 +22,7 @@ from tools.bench import inputs
 from tools.bench.generation import STREAMS, make_prompts
 from tools.bench.setting import COMPUTE, Setting, trained_patterns
 from tools.bench.timing import Record
+from tools.bench.training import LATENT_CLIP
 
 
 def measure_gradients(setting: Setting) -> Iterator[Record]:
@@ -80,12 +81,13 @@ def make_options(setting: Setting, kernel: Any, dtype: Any, task: str) -> step.U
     """Returns the update options of one task."""
     scoring = LogprobOptions(
         setting.processor.special, remat=setting.remat, attention=kernel,
-        unmasking=setting.unmasking,
+        unmasking=setting.unmasking, cfg_scale=setting.size.cfg_scale,
+        denoising=setting.size.denoising,
     )  # fmt: skip
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
     return step.UpdateOptions(
         CLIPPED_POLICY_LOSS, LossConstants(), scoring, ((task, 1.0),), dtype=dtype,
-        micro_batches=pieces,
+        micro_batches=pieces, latent_clip=LATENT_CLIP,
     )  # fmt: skip
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from corl_jax.algorithms.flow.steps import spread_over_elements
+from corl_jax.policies.denoising import STEPS, take_step_transitions
 from corl_jax.policies.family import NOISE_KEYS
-from corl_jax.tasks import CODES, TEXT
+from corl_jax.tasks import CODES, LATENTS, TEXT
 from corl_jax.train.step import TaskBatch
 from corl_jax.types import EncodedPrompts, Segment
 from tools.bench.sizes import Size
@@ -65,8 +67,13 @@ def make_questions(
 def make_task_batch(
     size: Size, special: Any, prompts: EncodedPrompts, group: int, length: int
 ) -> TaskBatch:
-    """Returns completions of prompts; answers end somewhere in their second half."""
+    """Returns completions of prompts; answers end somewhere in their second half.
+
+    `length` is the number of tokens, which images that are made by denoising do not have.
+    """
     is_image = prompts.pixel_values is None
+    if is_image and size.family.denoises:
+        return _make_denoised_batch(size, prompts, len(prompts.input_ids) * group)
     kind = CODES if is_image else TEXT
     rng = np.random.default_rng(3 + is_image)
     rows = len(prompts.input_ids) * group
@@ -82,6 +89,34 @@ def make_task_batch(
         replay = {NOISE_KEYS: rng.integers(0, 2**32, (rows, 2), np.uint32)}
     mask = np.arange(length) < ends[:, None]
     return TaskBatch(prompts, (Segment(kind, values, mask, logprobs, replay),), advantages)
+
+
+def _make_denoised_batch(size: Size, prompts: EncodedPrompts, rows: int) -> TaskBatch:
+    """Returns images with noisy steps from random latents, as if their velocities had been 0."""
+    rng, denoising = np.random.default_rng(4), size.denoising
+    shape = (rows, denoising.steps + 1, *size.policy.latent_shape)
+    latents = rng.standard_normal(shape, np.float32)
+    low, high = denoising.window.starts
+    length = denoising.window.length
+    steps = rng.integers(low, high + 1, rows)[:, None] + np.arange(length)
+    moves = take_step_transitions(steps, denoising)
+    keep, std = (
+        np.asarray(spread_over_elements(x, latents[:, 0])).reshape(rows, length, 1, 1, 1)
+        for x in (moves.keep, moves.std)
+    )
+    for number in range(length):  # in order: a step begins where the one before ends
+        places = np.arange(rows), steps[:, number]
+        noise = rng.standard_normal(latents[places].shape, np.float32)
+        latents[places[0], places[1] + 1] = (
+            keep[:, number] * latents[places] + std[:, number] * noise
+        )
+    # The mean log-prob of Gaussian noise: its square is 1 on average.
+    logprobs = np.float32(-0.5 - 0.5 * np.log(2 * np.pi)) - np.log(std.reshape(steps.shape))
+    segment = Segment(
+        LATENTS, latents, np.ones(steps.shape, bool), logprobs.astype(np.float32),
+        {STEPS: steps.astype(np.int32)},
+    )  # fmt: skip
+    return TaskBatch(prompts, (segment,), rng.standard_normal(rows).astype(np.float32))
 
 
 # ---- what rewards read

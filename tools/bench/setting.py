@@ -56,7 +56,7 @@ class Setting:
 
     @property
     def unmasking(self) -> Unmasking:
-        """How codes are drawn and scored in any order."""
+        """How codes are drawn and scored in any order; of denoising, only its steps."""
         return Unmasking(self.size.steps)
 
     @property

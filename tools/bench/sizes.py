@@ -6,17 +6,25 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from corl_jax.algorithms.flow.steps import Sde
+from corl_jax.algorithms.flow.windows import Window
 from corl_jax.models.aesthetic import AestheticConfig
 from corl_jax.models.bert import BertConfig
 from corl_jax.models.blip import BlipConfig, BlipTextConfig, BlipVisionConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.magvit import MagvitConfig
 from corl_jax.models.mask2former import Mask2FormerConfig
+from corl_jax.models.llama import LlamaConfig
 from corl_jax.models.phi import PhiConfig
+from corl_jax.models.sd_vae import SdVaeConfig
+from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.swin import SwinConfig
+from corl_jax.models.uvit import UvitConfig
 from corl_jax.models.vgg import VggConfig
-from corl_jax.policies.family import Family, Limits
+from corl_jax.policies.family import Denoising, Family, Limits
 from corl_jax.policies.janus.network import PRESETS, JanusConfig
+from corl_jax.policies.janus_flow.network import PRESETS as JANUS_FLOW_PRESETS
+from corl_jax.policies.janus_flow.network import JanusFlowConfig
 from corl_jax.policies.show_o.network import PRESETS as SHOW_O_PRESETS
 from corl_jax.policies.show_o.network import ShowOConfig
 from corl_jax.types import Sizes
@@ -28,6 +36,11 @@ PARTS = ("rewards", "image", "text", "vq", "train", "iteration", "correctness", 
 SHOW_O_PARTS = (
     "forward", "image", "text", "vq", "logprobs", "train", "iteration", "correctness", "gradients",
 )  # fmt: skip
+JANUS_FLOW_PARTS = (
+    "image", "unguided", "text", "vq", "logprobs", "train_image", "iteration", "gradients",
+)  # fmt: skip
+CFG_SCALE = 5.0  # of families that state no other
+WINDOW = 2  # steps of denoising that have noise and are trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +62,8 @@ class Size:
     copied: int = 4 << 30  # bytes of the array that is copied
     product: int = 8192  # side of the matrices whose product is timed
     model: str = "janus"  # a key of FAMILIES
-    steps: int | None = None  # that draw an image in any order; None: as usual for its codes
+    # that draw an image in any order or by denoising; None: as usual for its codes
+    steps: int | None = None
 
     @property
     def measured(self) -> MeasuredFamily:
@@ -70,6 +84,20 @@ class Size:
     def costs(self) -> Costs:
         """What the work of the policy's language model depends on."""
         return self.measured.describe_costs(self.policy)
+
+    @property
+    def cfg_scale(self) -> float:
+        """The guidance of images."""
+        return self.family.defaults.get("cfg_scale", CFG_SCALE)
+
+    @property
+    def denoising(self) -> Denoising:
+        """How images that are made by denoising are drawn and scored, as in the shipped configs."""
+        if self.steps is None or not self.family.denoises:
+            return Denoising()
+        # The window begins in the first half: 10 steps, one of the first 5.
+        window = Window(WINDOW, (0, self.steps // 2 - 1))
+        return Denoising(self.steps, sde=Sde("flow", 0.7), window=window)
 
     @property
     def text_prompt(self) -> int:
@@ -153,6 +181,20 @@ def _make_tiny_show_o() -> ShowOConfig:
     return ShowOConfig(phi=phi, magvit=magvit, num_vq_tokens=16, llm_vocab_size=words)
 
 
+def _make_tiny_janus_flow() -> JanusFlowConfig:
+    """Returns a JanusFlow for images of 16 pixels: 4 x 4 tokens of 2 x 2 latents."""
+    llama = LlamaConfig(
+        vocab_size=640, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2,
+        num_kv_heads=2, head_dim=32, max_position_embeddings=128,
+    )  # fmt: skip
+    siglip = SiglipConfig(
+        image_size=16, patch_size=4, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2
+    )
+    uvit = UvitConfig(encoder_width=24, encoder_num_layers=1, decoder_width=24)
+    vae = SdVaeConfig(block_channels=(16, 16), num_res_blocks=1, norm_groups=4)
+    return JanusFlowConfig(llama, siglip, uvit, vae)
+
+
 def _make_show_o(preset: str) -> Size:
     """Returns a published Show-o with the lengths of UniRL: texts of 64, answers of 100 tokens."""
     return Size(
@@ -179,6 +221,15 @@ SIZES = {
         _make_tiny_show_o(), _TINY_NETWORKS, parts=SHOW_O_PARTS, image_prompt=12, question=10,
         new_tokens=8, answer=8, checked=("float32",), detected=(2,), copied=1 << 20, product=128,
         model="show_o", steps=4,
+    ),
+    "janus-flow-1.3b": Size(
+        JANUS_FLOW_PRESETS["janusflow-1.3b"], _PUBLISHED, parts=JANUS_FLOW_PARTS, answer=256,
+        new_tokens=256, model="janus_flow", steps=10,
+    ),
+    "janus-flow-tiny": Size(
+        _make_tiny_janus_flow(), _TINY_NETWORKS, parts=JANUS_FLOW_PARTS, image_prompt=12,
+        question=10, new_tokens=8, answer=8, checked=("float32",), detected=(2,), copied=1 << 20,
+        product=128, model="janus_flow", steps=4,
     ),
 }  # fmt: skip
 """Name on the command line -> size."""

@@ -32,6 +32,7 @@ from tools.bench.setting import COMPUTE, Setting, trained_patterns
 from tools.bench.timing import Record
 
 UPDATES = 1000  # of the schedule
+LATENT_CLIP = 1e-4  # of denoising steps, as denoising.clip_range
 
 
 def start_training(
@@ -60,22 +61,29 @@ def make_update_options(setting: Setting) -> UpdateOptions:
     """Returns the update options of the paper's first stage."""
     scoring = LogprobOptions(
         setting.processor.special, remat=setting.remat, attention=setting.attention,
-        unmasking=setting.unmasking,
+        unmasking=setting.unmasking, cfg_scale=setting.size.cfg_scale,
+        denoising=setting.size.denoising,
     )  # fmt: skip
     pieces = setting.prompts // (setting.micro_batch or setting.prompts)
     weights = tuple((task, 1.0) for task in UNIFIED)
     return UpdateOptions(
-        CLIPPED_POLICY_LOSS, LossConstants(), scoring, weights, micro_batches=pieces
-    )
+        CLIPPED_POLICY_LOSS, LossConstants(), scoring, weights, micro_batches=pieces,
+        latent_clip=LATENT_CLIP,
+    )  # fmt: skip
 
 
 def list_works(setting: Setting) -> tuple[Work, ...]:
-    """Returns the completions of a training step."""
-    size, counts = setting.size, (setting.prompts, setting.group)
-    return (
-        Work("t2i", *counts, size.image_prompt, size.limits.image_tokens),
-        Work("mm2t", *counts, size.text_prompt, size.answer),
-    )
+    """Returns the completions of a training step, as often as it reads them.
+
+    Images by denoising are read at each step that is trained, with their prompt and without it.
+    """
+    size, (prompts, group) = setting.size, (setting.prompts, setting.group)
+    window = size.denoising.window.length
+    images = Work(
+        "t2i", prompts, group * (window or 1), size.image_prompt, size.limits.image_tokens,
+        guided=window is not None and size.cfg_scale != 1,
+    )  # fmt: skip
+    return images, Work("mm2t", prompts, group, size.text_prompt, size.answer)
 
 
 def make_batch(setting: Setting) -> dict[str, Any]:
@@ -84,7 +92,7 @@ def make_batch(setting: Setting) -> dict[str, Any]:
     return setting.place(
         {
             work.task: inputs.make_task_batch(
-                size, special, make_prompts(setting, work.task), work.group, work.length
+                size, special, make_prompts(setting, work.task), setting.group, work.length
             )
             for work in list_works(setting)
         }
@@ -98,24 +106,34 @@ def measure_train(setting: Setting) -> Iterator[Record]:
     operations that the mathematics needs (see `cost`; each prompt read once) at the measured rate
     of products; `mfu_repeated_prompts` takes the reference's operations.
     """
+    return _measure_step(setting, "train", UNIFIED)
+
+
+def measure_image_update(setting: Setting) -> Iterator[Record]:
+    """Measures one optimizer step on images alone; see `measure_train`."""
+    return _measure_step(setting, "train_image", ("t2i",))
+
+
+def _measure_step(setting: Setting, part: str, tasks: tuple[str, ...]) -> Iterator[Record]:
     state, frozen, step = start_training(setting)
-    batch = make_batch(setting)
+    batch = {task: of_task for task, of_task in make_batch(setting).items() if task in tasks}
+    works = tuple(work for work in list_works(setting) if work.task in tasks)
 
     def update() -> dict[str, jax.Array]:
         nonlocal state  # the step has taken over the buffers of the last one
         state, metrics = step(state, frozen, batch)
         return metrics
 
-    timing = setting.measure("train", update)
-    tokens = sum(work.rows * (work.prompt + work.length) for work in list_works(setting))
+    timing = setting.measure(part, update)
+    tokens = sum(work.rows * (work.prompt + work.length) for work in works)
     figures: dict[str, Any] = {"tokens_per_s": tokens / timing.median}
     for name, shared in (("mfu", True), ("mfu_repeated_prompts", False)):
-        needed = count_training_operations(setting.size.costs, list_works(setting), shared)
+        needed = count_training_operations(setting.size.costs, works, shared)
         figures[f"{name}_tflop"] = needed / 1e12
         figures[name] = needed / setting.ceilings.matmul / setting.mesh.size / timing.median
     figures |= {"loss": float(update()["loss"]), "programs": step._cache_size()}
     figures["attention"] = setting.attention
-    yield Record("train", "optimizer step", timing, figures)
+    yield Record(part, "optimizer step", timing, figures)
 
 
 def measure_iteration(setting: Setting) -> Iterator[Record]:
@@ -140,6 +158,8 @@ def measure_iteration(setting: Setting) -> Iterator[Record]:
     phases = {name.removeprefix("phase/"): spent for name, spent in run.phases.take().items()}
     difference = "sampling/sampling_logp_difference/mean"
     drift = {f"{task}_logp_difference": float(metrics[f"{task}/{difference}"]) for task in UNIFIED}
+    ratios = [name for name in metrics if name.endswith("/ratio_first")]
+    drift |= {name.replace("/", "_"): float(metrics[name]) for name in ratios}
     figures = phases | drift | {"programs": step._cache_size()}
     yield Record("iteration", "rollouts and update", timing, figures)
 

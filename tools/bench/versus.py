@@ -23,9 +23,12 @@ from tools.bench.timing import Record, Timing
 
 PEERS = ("transformers",)
 _SAME = {"image": "tokens and pixels", "text": "answers", "train": "optimizer step"}
-OURS = {"janus": _SAME, "show_o": _SAME | {"image": "tokens"}}
+OURS = {
+    "janus": _SAME,
+    "show_o": _SAME | {"image": "tokens"},
+    "janus_flow": {"image": "latents", "unguided": "latents", "train_image": "optimizer step"},
+}
 """Family -> part -> the record that holds the same work."""
-PARTS = tuple(_SAME)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +56,10 @@ NOBODY = Peers({}, (), ())
 
 def list_peer_problems(args: argparse.Namespace) -> list[str]:
     """Lists what keeps the peer from running."""
-    problems = []
-    if not set(PARTS) & set(args.parts):
+    problems, compared = [], OURS[SIZES[args.size].model]
+    if not set(compared) & set(args.parts):
         problems.append(
-            f"--peer: --parts names none of {','.join(PARTS)}, which alone are compared"
+            f"--peer: --parts names none of {','.join(compared)}, which alone are compared"
         )
     if importlib.util.find_spec("torch") is None:
         problems.append("--peer: needs PyTorch; install torch for this device")
@@ -68,7 +71,7 @@ def measure_peers(args: argparse.Namespace) -> Peers:
 
     Raises: InputError where torch cannot use the device; its message is on stderr.
     """
-    parts = [part for part in args.parts if part in PARTS]
+    parts = [part for part in args.parts if part in OURS[SIZES[args.size].model]]
     jax_config: Any = jax.config
     device = "cpu" if jax_config.jax_platforms == "cpu" else "cuda"
     command = [

@@ -15,6 +15,9 @@ from typing import Any
 import corl_jax
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.prompts import Processor
+from corl_jax.policies.janus_flow import prompts as janus_flow_prompts
+from corl_jax.policies.janus_flow.family import FAMILY as JANUS_FLOW
+from corl_jax.policies.janus_flow.network import JanusFlowConfig
 from corl_jax.policies.show_o import family as show_o
 from corl_jax.policies.show_o import prompts as show_o_prompts
 from corl_jax.policies.show_o.network import ShowOConfig
@@ -91,9 +94,7 @@ def write_network(folder: Path, kind: str, config: Any) -> Path:
 
 def write_processor(folder: Path, config: JanusConfig) -> Processor:
     """Writes and returns a processor: tokenizer of the mini Janus, image settings of `config`."""
-    folder.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(MINI / name, folder / name)
+    _copy_tokenizer(folder)
     side = config.siglip.image_size
     for name, changes in (
         ("preprocessor_config.json", {"size": {"height": side, "width": side}}),
@@ -101,6 +102,14 @@ def write_processor(folder: Path, config: JanusConfig) -> Processor:
     ):
         _write_json(folder / name, json.loads((MINI / name).read_text(encoding="utf-8")) | changes)
     return Processor.from_dir(folder)
+
+
+def write_janus_flow_processor(
+    folder: Path, config: JanusFlowConfig
+) -> janus_flow_prompts.Processor:
+    """Writes the tokenizer of the mini Janus, and returns a processor with it."""
+    _copy_tokenizer(folder)
+    return janus_flow_prompts.Processor(folder, JANUS_FLOW.stand_in_image(config))
 
 
 def write_show_o_processor(folder: Path, config: ShowOConfig) -> show_o_prompts.Processor:
@@ -118,6 +127,12 @@ def write_show_o_processor(folder: Path, config: ShowOConfig) -> show_o_prompts.
     tokenizer.save(str(folder / "tokenizer.json"))
     special = make_special_tokens(count, config.num_codes)
     return show_o_prompts.Processor(folder, special, show_o.describe_image(config))
+
+
+def _copy_tokenizer(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MINI / name, folder / name)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 
-from tools.bench.peer import generation, model, show_o, training
+from tools.bench.peer import generation, janus_flow, model, show_o, training
 from tools.bench.peer.model import Peer
 from tools.bench.sizes import SIZES
 from tools.bench.timing import GIB
 
 Measured = tuple[list[float], dict[str, Any]]  # seconds of the calls, figures
-BUILDERS: dict[str, Callable[..., Any]] = {"janus": model.build, "show_o": show_o.build}
+BUILDERS: dict[str, Callable[..., Any]] = {
+    "janus": model.build, "show_o": show_o.build, "janus_flow": janus_flow.build,
+}  # fmt: skip
 RUNS: dict[str, dict[tuple[str, str], Callable[[Peer], Measured]]] = {
     "janus": {
         ("image", "transformers generate"): generation.time_generated_images,
@@ -39,6 +41,11 @@ RUNS: dict[str, dict[tuple[str, str], Callable[[Peer], Measured]]] = {
         ("image", "eager float32 loop"): functools.partial(show_o.time_images, False),
         ("text", "eager loop"): show_o.time_answers,
         ("train", "eager step"): show_o.time_steps,
+    },
+    "janus_flow": {
+        ("image", "eager loop"): functools.partial(janus_flow.time_images, True),
+        ("unguided", "eager loop"): functools.partial(janus_flow.time_images, False),
+        ("train_image", "eager step"): janus_flow.time_steps,
     },
 }
 """Family -> (part, name) -> the work of PyTorch."""

@@ -14,8 +14,8 @@ from transformers import DynamicCache
 
 from corl_jax.types import EncodedPrompts
 from tools.bench import inputs
-from tools.bench.generation import CFG_SCALE
 from tools.bench.peer.model import Peer
+from tools.bench.sizes import CFG_SCALE
 
 WARM_UP = 4  # tokens of the pass that is not timed
 TOP_K = 50  # transformers' default, which the reference samples answers with

@@ -22,10 +22,9 @@ from corl_jax.policies.show_o.tokens import SpecialTokens
 from corl_jax.train.step import TaskBatch
 from corl_jax.types import EncodedPrompts
 from tools.bench import inputs
-from tools.bench.generation import CFG_SCALE
 from tools.bench.peer.generation import make_image_prompts, make_questions
 from tools.bench.peer.model import Peer
-from tools.bench.sizes import Size
+from tools.bench.sizes import CFG_SCALE, Size
 
 Measured = tuple[list[float], dict[str, Any]]  # seconds of the calls, figures
 IMAGES_AT_ONCE = 16
