@@ -44,8 +44,9 @@ def vae_loss(
     logvar = logvar + 2 * jnp.log(model.config.scaling_factor)
     centre = mean.mean(axis=(0, 1, 2))  # [C]
     variance = jnp.mean((mean - centre) ** 2 + jnp.exp(logvar), axis=(0, 1, 2))
-    # The usual divergence of each latent from a unit normal is the sum of both terms. Apart, because
-    # the decoder is content with any scale, so that a small weight would move it too slowly.
+    # The usual divergence of each latent from a unit normal is the sum of both terms. They have
+    # weights of their own: the decoder is content with any scale, so a small one would move it too
+    # slowly.
     informed = jnp.mean(jnp.log(variance) - logvar) / 2
     scaled = jnp.mean(variance + centre**2 - 1 - jnp.log(variance)) / 2
     noise = jax.random.normal(make_key(pixels), mean.shape)
