@@ -1,11 +1,11 @@
 """Writes an untrained mini or nano model of a family, for the supervised stages.
 
-    python -m tools.small_models --out DIR [--family janus|show-o] [--size mini|nano] [--seed 0]
-        [--image-tokenizer JANUS]
+    python -m tools.small_models --out DIR [--family janus|janus-flow|show-o] [--size mini|nano]
+        [--seed 0] [--image-tokenizer JANUS]
     python -m tools.small_models roundtrip --model DIR [--rows 1000] [--seed 0]
 
-A Janus is written in transformers' layout, a Show-o as its original files. The image tokenizer of a
-Show-o can begin as that of a small Janus, in place of random numbers. `roundtrip` encodes and
+A Janus is written in transformers' layout, the others as their original files. The image tokenizer
+of a Show-o can begin as that of a small Janus, in place of random numbers. `roundtrip` encodes and
 decodes held-out images of the drawn world with a model's image tokenizer, and prints the share that
 the exact checker still accepts, with a 95% Wilson interval.
 """
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     # argparse has no group of an option and a subcommand that exclude each other.
     if (args.command is None) == (args.out is None):
         parser.error("expected either --out DIR or roundtrip")
-    if args.image_tokenizer and args.family == "janus":
+    if args.image_tokenizer and args.family != "show-o":
         parser.error("--image-tokenizer: expected --family show-o")
     startup.check_jax_settings()
     startup.start_devices()

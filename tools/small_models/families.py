@@ -12,15 +12,19 @@ from tokenizers import Tokenizer
 
 from corl_jax.policies.janus import network as janus_network
 from corl_jax.policies.janus.checkpoint import KIND as JANUS
+from corl_jax.policies.janus_flow import network as janus_flow_network
+from corl_jax.policies.janus_flow.checkpoint import KIND as JANUS_FLOW
+from corl_jax.policies.janus_flow.network import JanusFlowConfig
 from corl_jax.policies.show_o import network as show_o_network
 from corl_jax.policies.show_o.checkpoint import KIND as SHOW_O
 from corl_jax.types import Params
 from corl_jax.weights.kinds import NetworkKind
-from tools.small_models import janus_sizes, show_o_sizes
+from tools.small_models import janus_flow_sizes, janus_sizes, show_o_sizes
 from tools.small_models import tokenizer as tokenizers
 
 WORLDS = {"mini": "full", "nano": "small"}
 """Size -> the drawn world that it is made for."""
+FIRST_LOGVAR = -6.0  # of the latents of a VAE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,15 @@ def _write_show_o_tokenizer(folder: Path, tokenizer: Tokenizer, size: str) -> No
     tokenizers.write_tokenizer(folder / "phi-1_5", tokenizer, settings)
 
 
+def _init_janus_flow(config: JanusFlowConfig, key: jax.Array) -> Params:
+    params = janus_flow_network.init(config, key)
+    # The second half of the channels are logarithms of variances: with the noise of 0 a decoder
+    # first learns that latents tell nothing.
+    bias = params["vae"]["quant_conv"]["bias"]
+    params["vae"]["quant_conv"]["bias"] = bias.at[config.vae.latent_channels :].set(FIRST_LOGVAR)
+    return params
+
+
 FAMILIES = {
     "janus": SmallFamily(
         kind=JANUS,
@@ -58,6 +71,16 @@ FAMILIES = {
         train_tokenizer=tokenizers.train_tokenizer,
         write_tokenizer=_write_janus_tokenizer,
         make_sizes=lambda tokenizer, size: janus_sizes.CONFIGS[size](
+            tokenizers.count_embedding_rows(tokenizer)
+        ),
+    ),
+    "janus-flow": SmallFamily(
+        kind=JANUS_FLOW,
+        init=_init_janus_flow,
+        layout="original",
+        train_tokenizer=tokenizers.train_tokenizer,
+        write_tokenizer=_write_janus_tokenizer,
+        make_sizes=lambda tokenizer, size: janus_flow_sizes.CONFIGS[size](
             tokenizers.count_embedding_rows(tokenizer)
         ),
     ),

@@ -14,6 +14,7 @@ from corl_jax.policies.janus_flow import images, layout, logprobs, network, samp
 from corl_jax.policies.janus_flow.checkpoint import KIND
 from corl_jax.policies.janus_flow.network import JanusFlowConfig
 from corl_jax.policies.janus_flow.prompts import BUCKET, PROMPTS, Processor
+from corl_jax.policies.janus_flow.tokenizer_training import tokenizer_loss
 from corl_jax.tasks import CODES, TEXT
 
 
@@ -93,4 +94,5 @@ FAMILY = Family(
     encode_images=images.encode_images,
     normalise_pixels=_normalise_pixels,
     stand_in_image=_make_stand_in_image,
+    tokenizer_loss=tokenizer_loss,
 )
