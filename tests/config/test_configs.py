@@ -50,8 +50,9 @@ SELF = ("self_qa", "self_sft", "self_sft_through")
 DEVICES = (1, 2, 4, 8)
 # 12 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
 # few configs set one. 4 belong to models that draw the codes of an image in any order, and 10 to
-# those that make images by denoising.
-MAX_OPTIONS = 137
+# those that make images by denoising. `rollout.image_window` trades the length of a pass for their
+# number: which window pays depends on the device, the rows and the trained model.
+MAX_OPTIONS = 138
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".html")
 
