@@ -121,7 +121,8 @@ READERS = (
         lambda config, _: _makes(config, TEXTS) or _plans(config) or _evaluates(config),
     ),
     Reader(
-        r"rollout\.cfg_scale|unmasking\.steps", "a task that makes images, or an eval.suite",
+        r"rollout\.(cfg_scale|image_window)|unmasking\.steps",
+        "a task that makes images, or an eval.suite",
         lambda config, _: _makes(config, IMAGES) or _evaluates(config),
     ),
     Reader(

@@ -100,6 +100,12 @@ class Rollout(Section):
     cfg_scale: NonNegativeFloat = option(
         5.0, "Scale of classifier-free guidance of images. 1: no guidance. [P]"
     )
+    image_window: Positive = option(
+        1,
+        "Codes of an image that one pass of the sampler reads: the last one, and guesses of the "
+        "next. Larger windows draw the same images in fewer, longer passes; "
+        "docs/measured/performance.md. 1: code by code.",
+    )
     max_new_tokens: Positive = option(512, "Most tokens of a text completion. [P]")
     batch_prompts: Positive | None = option(
         None, "Number of prompts sampled at once on all devices. null: all prompts of a step."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -236,12 +236,29 @@ def attend_to_prefix(
 def _attend_to_prefix_xla(
     query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array
 ) -> PartialAttention:
+    seen = jnp.arange(key.shape[1]) < lengths[:, None]
+    return _attend_to_seen(query, key, value, seen[:, None, None, None])
+
+
+def attend_within(query: jax.Array, key: jax.Array, value: jax.Array) -> PartialAttention:
+    """Returns causal attention of queries [R, Q, H, head_dim] to the keys of the same tokens.
+
+    `key` and `value` are [R, Q, kv_heads, head_dim]. A window has few tokens, so that XLA computes
+    this on every device.
+    """
+    seen = jnp.tril(jnp.ones((query.shape[1], key.shape[1]), bool))
+    return _attend_to_seen(query, key, value, seen)
+
+
+def _attend_to_seen(
+    query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array
+) -> PartialAttention:
+    """Attends to the keys that `seen` marks; it broadcasts to scores [R, kv_heads, ., Q, S]."""
     *leading, heads, size = query.shape
     # r row, q query, k key head, h query of a key head, d head_dim, s key
     grouped = query.reshape(*leading, key.shape[2], -1, size)
     scores = jnp.einsum("rqkhd,rskd->rkhqs", grouped, key, preferred_element_type=jnp.float32)
-    seen = jnp.arange(key.shape[1]) < lengths[:, None]
-    scores = jnp.where(seen[:, None, None, None], scores / math.sqrt(size), -jnp.inf)
+    scores = jnp.where(seen, scores / math.sqrt(size), -jnp.inf)
     denominators = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     # The softmax, by denominators that the merge of two parts needs as well.
     weights = jnp.exp(scores - denominators).astype(value.dtype)
@@ -278,3 +295,13 @@ def merge_parts(first: PartialAttention, second: PartialAttention) -> jax.Array:
     # exp(log_a) / (exp(log_a) + exp(log_b)): the weight of the first part in the joint softmax
     weight = jax.nn.sigmoid(log_a - log_b)[..., None]
     return (weight * a.astype(jnp.float32) + (1 - weight) * b.astype(jnp.float32)).astype(a.dtype)
+
+
+def merge_all_parts(parts: Sequence[PartialAttention]) -> jax.Array:
+    """Returns attention [R, Q, H, head_dim] to the keys of all parts, merged in float32.
+
+    A part without keys has the logarithm -inf.
+    """
+    averages, logarithms = (jnp.stack(x) for x in zip(*parts, strict=True))
+    weights = jax.nn.softmax(logarithms, axis=0)[..., None]
+    return (weights * averages.astype(jnp.float32)).sum(0).astype(averages.dtype)

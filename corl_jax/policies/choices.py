@@ -82,13 +82,16 @@ class Choice:
     greedy_last: int = 0
 
     def draw(self, keys: jax.Array, step: jax.Array, logits: jax.Array) -> jax.Array:
-        """Draws token ids [N] from float32 logits [N, V], already divided by the temperature."""
+        """Draws token ids [N] from float32 logits [N, V], already divided by the temperature.
+
+        `step` is a number for all rows, or one for each [N].
+        """
         whole = logits
         if self.greedy:
             return _find_most_likely(whole)
         logits = keep_top_p(keep_top_k(logits, self.top_k), self.top_p)
         # The key of step t depends on t alone, not on the random numbers of the steps before.
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+        keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))
         drawn = jax.vmap(_draw_token)(keys, split_in_blocks(logits))
         if not self.greedy_last:
             return drawn

@@ -15,14 +15,14 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from corl_jax.devices.mesh import constrain
 from corl_jax.models import layers
-from corl_jax.models.attention import DecodeKernel, attend_to_prefix, merge_parts
+from corl_jax.models.attention import DecodeKernel
 from corl_jax.models.layers import apply_rope
 from corl_jax.models.llama import Block, KVCache
 from corl_jax.models.lora import LoraLinear
+from corl_jax.policies.decode_attention import Step, attend_step
 
 # For a short prompt one call of cuDNN over prompt and completion costs less than two calls.
 SHORT_PROMPT = 128
@@ -79,19 +79,6 @@ class Rows:
 
     def _split_groups(self, x: jax.Array) -> jax.Array:
         return x.reshape(-1, self.group_size, *x.shape[1:])
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """The values of a decode step that all its layers share."""
-
-    # int32, number of the completion token that is read: a scalar, or [rows] where rows have read
-    # different numbers of tokens
-    index: jax.Array
-    positions: jax.Array  # [rows] int32, position of that token, counted from the prompt's start
-    rope: tuple[jax.Array, jax.Array]  # cosines and sines of the positions, [rows, 1, head_dim]
-    lengths: jax.Array  # [prompt rows] int32, real tokens of the prompts
-    attention: DecodeKernel
 
 
 Axes = tuple[str | None, ...]
@@ -207,40 +194,6 @@ class FusedBlock:
         return attend_step(query, new, prompt, cache, step)
 
 
-def attend_step(
-    query: jax.Array, new: KVCache, prompt: KVCache | None, cache: KVCache, step: Step
-) -> tuple[jax.Array, KVCache]:
-    """Returns attention [rows, H * head_dim] of a token, and the cache with its key and value.
-
-    `query` is [rows, H, head_dim], `new` are the token's key and value [rows, kv_heads, head_dim].
-    `prompt` is None if the cache begins with a copy of the prompt.
-    """
-    rows = len(query)
-    if prompt is None:
-        # Prompts differ in length, so each row has another slot; the cache is dense up to it.
-        cache = write(cache, new, step.positions)
-        attended, _ = attend_to_prefix(query[:, None], *cache, step.positions + 1, step.attention)
-        return attended.reshape(rows, -1), cache
-    if step.index.ndim:
-        cache = write(cache, new, step.index)
-    else:
-        # Without the prompt all rows write to the same slot: one slice, not a scatter per row.
-        cache = jax.tree.map(
-            lambda old, entry: lax.dynamic_update_slice_in_dim(
-                old, entry[:, None], step.index, axis=1
-            ),
-            cache, new,
-        )  # fmt: skip
-    count = jnp.full(rows, step.index + 1, jnp.int32)
-    by_completion = attend_to_prefix(query[:, None], *cache, count, step.attention)
-    # The completions of a prompt become its queries: its keys are read once for the group.
-    # [rows, H, head_dim] -> [prompt rows, G, H, head_dim]
-    by_prompt = query.reshape(len(step.lengths), -1, *query.shape[1:])
-    shared = attend_to_prefix(by_prompt, *prompt, step.lengths, step.attention)
-    averages, denominators = (x.reshape(rows, 1, *x.shape[2:]) for x in shared)
-    return merge_parts((averages, denominators), by_completion).reshape(rows, -1), cache
-
-
 class Network(Protocol):
     """The parts of a language model that decoding needs."""
 
@@ -287,8 +240,29 @@ class Decoder:
         `index` is a scalar, or [rows] where rows have read different numbers of tokens.
         """
         positions = jnp.repeat(self.lengths, len(embeds) // len(self.lengths)) + index
+        return self._read(embeds, index, positions, 1, caches)
+
+    def read_window(
+        self, embeds: jax.Array, index: jax.Array, caches: list[KVCache]
+    ) -> tuple[jax.Array, list[KVCache]]:
+        """Returns hidden states [rows, W, D] after W neighbouring tokens, and the new caches.
+
+        `index` [rows] are the numbers of the windows' first completion tokens. Caches need room
+        for whole windows; what they have from `index` on is written over.
+        """
+        rows, window, width = embeds.shape
+        first = jnp.repeat(self.lengths, rows // len(self.lengths)) + index
+        positions = (first[:, None] + jnp.arange(window)).reshape(-1)
+        tokens = embeds.reshape(-1, width)
+        hidden, caches = self._read(tokens, index, positions, window, caches)
+        return hidden.reshape(rows, window, width), caches
+
+    def _read(
+        self, embeds: jax.Array, index: jax.Array, positions: jax.Array, window: int,
+        caches: list[KVCache],
+    ) -> tuple[jax.Array, list[KVCache]]:  # fmt: skip
         rope = self.network.rope(positions)
-        step = Step(index, positions, rope, self.lengths, self.attention)
+        step = Step(index, positions, rope, self.lengths, self.attention, window)
         x, new = constrain(embeds, "batch", "embed"), []
         for block, prompt, cache in zip(self.blocks, self.prompts, caches, strict=True):
             x, cache = block(x, None if self.copied else prompt, cache, step)
@@ -347,12 +321,6 @@ class Decoder:
         caches = jax.tree.map(join_buffers, caches, padded)
         lengths = rows.interleave_prompts(self.lengths, self.lengths)
         return dataclasses.replace(self, prompts=prompts, lengths=lengths), caches
-
-
-def write(cache: KVCache, new: KVCache, slots: jax.Array) -> KVCache:
-    """Writes keys and values of one token, [rows, ...], to the slot of each row of a cache."""
-    put = jax.vmap(lambda row, entry, slot: lax.dynamic_update_index_in_dim(row, entry, slot, 0))
-    return jax.tree.map(lambda old, entry: put(old, entry, slots), cache, new)
 
 
 def copies_prompts(attention: DecodeKernel, length: int) -> bool:

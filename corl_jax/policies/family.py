@@ -79,8 +79,8 @@ class SamplingOptions:
     top_p: float = 1.0  # text
     max_new_tokens: int = 512  # text
     cfg_scale: float = 5.0  # images; 1 is no guidance
-    # The distribution of the recorded log-probs. Images are always sampled from the guided one; the
-    # released code trains on the conditional one (Q27).
+    image_window: int = 1  # codes of an image that a pass reads; changes images by rounding only
+    # Distribution of the recorded log-probs; images are always sampled from the guided one (Q27).
     image_logprobs: Literal["conditional", "guided"] = "conditional"
     dtype: Any = jnp.bfloat16  # compute dtype
     attention: Literal["auto"] | DecodeKernel = "auto"  # kernel of a decode step
@@ -280,6 +280,7 @@ class Family:
     prompts: tuple[str, ...] = ("generate", "question")  # kinds that the processor encodes
     denoises: bool = False  # images are made by denoising: their segments are of latents
     undecayed: tuple[str, ...] = ()  # regexes of the parameters without weight decay
+    draws_windows: bool = False  # codes of images are drawn in order, and can be in windows
     # name -> regexes of the parameters that can have a learning rate of their own
     groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     # Sampling options of commands that neither the user nor the checkpoint states, where they are

@@ -268,6 +268,7 @@ def make_sampling_options(plan: RunOutline, *, evaluates: bool = False) -> Sampl
         top_p=rollout.top_p,
         max_new_tokens=rollout.max_new_tokens,
         cfg_scale=rollout.cfg_scale,
+        image_window=rollout.image_window,
         image_logprobs=plan.config.algorithm.image_logprobs,
         dtype=DTYPES[plan.config.model.dtype],
         attention=attending.choose_sampler_kernel(plan.config, plan.limits.head_dim, plan.mesh),

@@ -97,6 +97,7 @@ def find_model_problems(
     limits = family.limits(sizes)
     problems = find_trainable_problems(config, family, sizes) + find_target_problems(config, family)
     problems += find_length_problems(config, limits) + _find_export_problems(config, family, sizes)
+    problems += find_window_problems(config, family, limits)
     if mesh is None:
         return problems
     problems += find_mesh_problems(family, sizes, mesh)
@@ -131,6 +132,22 @@ def find_length_problems(config: Config, limits: Limits) -> list[str]:
         f"data.max_prompt_length: {config.data.max_prompt_length} plus a completion is {longest} "
         f"tokens; the model has positions for {limits.positions}"
     ]
+
+
+def find_window_problems(config: Config, family: Family, limits: Limits) -> list[str]:
+    """Returns a problem if images cannot be drawn in windows of so many codes."""
+    window = config.rollout.image_window
+    if window > 1 and not family.draws_windows:
+        return [
+            f"rollout.image_window: found {window}, but a {family.name} does not draw the codes of "
+            "an image in windows; set it to 1"
+        ]
+    if window > limits.image_tokens:
+        return [
+            f"rollout.image_window: found {window}, but an image has {limits.image_tokens} codes; "
+            "expected at most as many; lower it"
+        ]
+    return []
 
 
 def _find_export_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:

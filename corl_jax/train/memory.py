@@ -220,6 +220,8 @@ def _count_cache(plan: RunOutline, turn: Turn, prompt: int, *, is_shared: bool) 
     group = config.rollout.group_size + RECIPES[config.algorithm.name].uses_greedy
     cached = [kind for kind in turn.segments if kind != CODES or limits.caches_codes]
     completion = sum(get_segment_length(plan, kind) for kind in cached)
+    if CODES in cached:
+        completion += config.rollout.image_window - 1  # the last window may begin at the last code
     tokens = prompt * (1 if is_shared else group) + group * completion
     per_token = 2 * limits.layers * limits.kv_heads * limits.head_dim
     share = num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"]

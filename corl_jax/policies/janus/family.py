@@ -88,6 +88,7 @@ FAMILY = Family(
     open_processor=Processor.from_dir,
     stand_in_tokens=SpecialTokens(bos=0, eos=1, pad=2, boi=3, eoi=4, image=5),
     prompt_bucket=BUCKET,
+    draws_windows=True,
     trainable=layout.TRAINABLE,
     groups=layout.GROUPS,
     float32_parts=layout.FLOAT32_PARTS,

@@ -68,7 +68,7 @@ def make_questions(prompts: EncodedPrompts, pixels: jax.Array) -> EncodedPrompts
     SamplerProgram,
     static_argnames=(
         "config", "special", "image", "max_new_tokens", "top_k", "top_p", "guided",
-        "image_logprobs", "greedy", "greedy_last", "dtype", "attention",
+        "image_logprobs", "greedy", "greedy_last", "window", "dtype", "attention",
     ),
 )  # fmt: skip
 def _own_image_program(
@@ -88,6 +88,7 @@ def _own_image_program(
     image_logprobs: str,
     greedy: bool,
     greedy_last: int,
+    window: int,
     dtype: Any,
     attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, ...]:
@@ -98,7 +99,7 @@ def _own_image_program(
     assert prompts.next is not None  # the loader encodes both turns
     codes, code_logprobs = image_program.default(
         config, params, dataclasses.replace(prompts, next=None), keys, cfg_scale, temperature,
-        guided=guided, image_logprobs=image_logprobs, **shared,
+        guided=guided, image_logprobs=image_logprobs, window=window, **shared,
     )  # fmt: skip
     questions = make_questions(prompts.next, read_own_images(config, params, codes, image))
     # Step t of an image and of its answer would draw the same random numbers.
@@ -127,7 +128,8 @@ def sample_own_answers(
         max_new_tokens=options.max_new_tokens, top_k=options.top_k, top_p=options.top_p,
         guided=guided, image_logprobs=options.image_logprobs, greedy=options.greedy,
         greedy_last=check_group_size(prompts, keys) if options.greedy_last else 0,
-        dtype=options.dtype, attention=choose_kernel(sizes, options.attention, options.dtype),
+        window=options.image_window, dtype=options.dtype,
+        attention=choose_kernel(sizes, options.attention, options.dtype),
     )  # fmt: skip
     return (
         Segment(CODES, codes, jnp.ones(codes.shape, bool), code_logprobs),

@@ -24,6 +24,7 @@ from corl_jax.policies.choices import Choice, guide, token_logprobs
 from corl_jax.policies.completions import DecodeState, advance, check_group_size, start_state
 from corl_jax.policies.decoding import Decoder, Rows, read_prompts
 from corl_jax.policies.family import SamplingOptions
+from corl_jax.policies.jacobi import draw_in_windows
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.layout import RULES
 from corl_jax.policies.janus.network import Janus, JanusConfig
@@ -48,9 +49,15 @@ def unconditional_ids(input_ids: jax.Array, special: SpecialTokens) -> jax.Array
 
 
 CodeDraw = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""(hidden states of all rows, step) -> (codes, log-probs), each [N]."""
+"""(hidden states of all rows, step) -> (codes, log-probs), each [N].
+
+The step is a number, or one of each sample.
+"""
 CodeReader = Callable[[jax.Array, jax.Array, list[KVCache]], tuple[jax.Array, list[KVCache]]]
-"""(codes [N], their number in the image, caches) -> (states of all rows after them, caches)."""
+"""(codes [N], their number in the image, caches) -> (states of all rows after them, caches).
+
+A reader of windows takes codes [N, W], and of each sample the number of the first one.
+"""
 
 
 def make_code_draw(
@@ -71,8 +78,10 @@ def make_code_draw(
     return draw
 
 
-def make_code_reader(model: Janus, rows: Rows, decoder: Decoder, before: Any) -> CodeReader:
-    """Returns the function that reads a code of each sample.
+def make_code_reader(
+    model: Janus, rows: Rows, decoder: Decoder, before: Any, window: int
+) -> CodeReader:
+    """Returns the function that reads a code of each sample, or a window of more than one.
 
     `before` counts the completion tokens before the first code: a number, or one of each row.
     """
@@ -82,14 +91,31 @@ def make_code_reader(model: Janus, rows: Rows, decoder: Decoder, before: Any) ->
         embeds = rows.repeat_samples(model.embed_image_tokens(code))
         return decoder(embeds, before + number, caches)
 
-    return read
+    def read_window(codes: jax.Array, number: jax.Array, caches: list[KVCache]):
+        embeds = rows.repeat_samples(model.embed_image_tokens(codes))
+        return decoder.read_window(embeds, before + rows.repeat_samples(number), caches)
+
+    return read if window == 1 else read_window
 
 
 def sample_all_codes(
-    draw: CodeDraw, read: CodeReader, hidden: jax.Array, length: int, caches: list[KVCache]
-) -> DecodeState:
-    """Samples `length` codes; `hidden` are the states of all rows that give the first one."""
+    draw: CodeDraw,
+    read: CodeReader,
+    hidden: jax.Array,
+    length: int,
+    caches: list[KVCache],
+    window: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Samples `length` codes; returns them and their log-probs, each [N, `length`].
+
+    `hidden` are the states of all rows that give the first code. With a window of more than one
+    code, several become final in a pass; see `policies.jacobi`.
+    """
     token, logprob = draw(hidden, jnp.int32(0))
+    if window > 1:
+        draw_window = jax.vmap(draw, in_axes=1, out_axes=1)
+        drawn = draw_in_windows(draw_window, read, (token, logprob), length, window, caches)
+        return drawn.codes[:, :length], drawn.logprobs[:, :length]
 
     def step(state: DecodeState) -> DecodeState:
         hidden, caches = read(state.token, state.step - 1, state.caches)
@@ -97,7 +123,8 @@ def sample_all_codes(
         return advance(state, token, logprob, caches)
 
     state = start_state(token, logprob, jnp.zeros(token.shape, bool), length, 0, caches)
-    return lax.fori_loop(1, length, lambda _, state: step(state), state)
+    state = lax.fori_loop(1, length, lambda _, state: step(state), state)
+    return state.tokens, state.logprobs
 
 
 @functools.partial(
@@ -109,6 +136,7 @@ def sample_all_codes(
         "image_logprobs",
         "greedy",
         "greedy_last",
+        "window",
         "dtype",
         "attention",
     ),
@@ -126,6 +154,7 @@ def image_program(
     image_logprobs: str,
     greedy: bool,
     greedy_last: int = 0,  # of so many neighbouring completions the last one is greedy
+    window: int = 1,
     dtype: Any,
     attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, jax.Array]:
@@ -140,10 +169,9 @@ def image_program(
     draw = make_code_draw(model, rows, choice, keys, cfg_scale, image_logprobs)
 
     # The prefill's last state gives token 0; step t reads token t - 1 and samples token t.
-    read = make_code_reader(model, rows, decoder, 0)
-    caches = decoder.new_caches(len(hidden), length)
-    state = sample_all_codes(draw, read, hidden, length, caches)
-    return state.tokens, state.logprobs
+    read = make_code_reader(model, rows, decoder, 0, window)
+    caches = decoder.new_caches(len(hidden), length + window - 1)
+    return sample_all_codes(draw, read, hidden, length, caches, window)
 
 
 def choose_kernel(config: JanusConfig, attention: Attention, dtype: Any) -> attentions.DecodeKernel:
@@ -166,13 +194,15 @@ def sample_images(
     image_logprobs: Literal["conditional", "guided"] = "conditional",
     greedy: bool = False,
     greedy_last: bool = False,
+    window: int = 1,
     dtype: Any = jnp.bfloat16,
     attention: Attention = "auto",
 ) -> Segment:
     """Samples `len(keys) / B` images per prompt as codes [N, T]; every image has all its codes.
 
     `image_logprobs` names the distribution of the recorded log-probs. `cfg_scale` 1 has no
-    unconditional rows.
+    unconditional rows. `window` is the number of codes that a pass reads; it changes images by
+    rounding only.
     """
     # Scale and temperature are traced, so that another value compiles nothing; whether there is
     # guidance decides the shapes.
@@ -181,8 +211,8 @@ def sample_images(
     tokens, logprobs = program(
         config, params, prompts, keys, jnp.float32(cfg_scale), jnp.float32(temperature),
         special=special, guided=guided, image_logprobs=image_logprobs, greedy=greedy,
-        greedy_last=check_group_size(prompts, keys) if greedy_last else 0, dtype=dtype,
-        attention=choose_kernel(config, attention, dtype),
+        greedy_last=check_group_size(prompts, keys) if greedy_last else 0, window=window,
+        dtype=dtype, attention=choose_kernel(config, attention, dtype),
     )  # fmt: skip
     return Segment(CODES, tokens, jnp.ones(tokens.shape, bool), logprobs)
 
@@ -234,8 +264,8 @@ def sample_codes(
         sample_images(
             sizes, params, prompts, keys, special=options.special, cfg_scale=options.cfg_scale,
             temperature=options.temperature, image_logprobs=options.image_logprobs,
-            greedy=options.greedy, greedy_last=options.greedy_last, dtype=options.dtype,
-            attention=options.attention,
+            greedy=options.greedy, greedy_last=options.greedy_last, window=options.image_window,
+            dtype=options.dtype, attention=options.attention,
         ),
     )  # fmt: skip
 

@@ -57,7 +57,7 @@ from corl_jax.types import EncodedPrompts, Params, Segment
     SamplerProgram,
     static_argnames=(
         "config", "special", "max_new_tokens", "top_k", "top_p", "guided", "image_logprobs",
-        "greedy", "with_greedy", "dtype", "attention",
+        "greedy", "with_greedy", "window", "dtype", "attention",
     ),
 )  # fmt: skip
 def _think_program(
@@ -76,6 +76,7 @@ def _think_program(
     image_logprobs: str,
     greedy: bool,
     with_greedy: bool = False,
+    window: int = 1,
     dtype: Any,
     attention: attentions.DecodeKernel,
 ) -> tuple[jax.Array, ...]:
@@ -94,7 +95,8 @@ def _think_program(
     code_keys = fold_image_keys(keys)
     code_choice = Choice(temperature, greedy, greedy_last=greedy_last)
     draw_code = make_code_draw(model, rows, code_choice, code_keys, cfg_scale, image_logprobs)
-    caches = decoder.make_room(state.caches, max_new_tokens, config.num_image_tokens)
+    length = config.num_image_tokens
+    caches = decoder.make_room(state.caches, max_new_tokens, length + window - 1)
     if guided:
         padded = _read_padding(model, prompts, max_new_tokens, special)
         decoder, caches = decoder.add_unconditional(rows, caches, padded)
@@ -103,10 +105,10 @@ def _think_program(
     start = rows.repeat_samples(count_plan_tokens(plan, special.eos))
     begin = model.embed_text(jnp.full(start.shape, special.boi))
     hidden, caches = decoder(begin, start, caches)
-    read = make_code_reader(model, rows, decoder, start + 1)
-    image = sample_all_codes(draw_code, read, hidden, config.num_image_tokens, caches)
+    read = make_code_reader(model, rows, decoder, start + 1, window)
+    codes = sample_all_codes(draw_code, read, hidden, length, caches, window)
     mask = completion_mask(plan, state.step, special.eos)
-    return plan, mask, logprobs, image.tokens, image.logprobs
+    return plan, mask, logprobs, *codes
 
 
 def _read_padding(
@@ -139,7 +141,7 @@ def sample_thinking(
         jnp.float32(options.temperature), special=options.special,
         max_new_tokens=options.max_new_tokens, top_k=options.top_k, top_p=options.top_p,
         guided=guided, image_logprobs=options.image_logprobs, greedy=options.greedy,
-        with_greedy=options.greedy_last, dtype=options.dtype,
+        with_greedy=options.greedy_last, window=options.image_window, dtype=options.dtype,
         attention=choose_kernel(sizes, options.attention, options.dtype),
     )  # fmt: skip
     return (

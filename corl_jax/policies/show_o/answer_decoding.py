@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from corl_jax.devices.mesh import constrain
 from corl_jax.models.attention import DecodeKernel
 from corl_jax.models.phi import Block, KVCache, Phi
-from corl_jax.policies.decoding import Decoder, Step, attend_step, read_prompts
+from corl_jax.policies.decode_attention import Step, attend_step
+from corl_jax.policies.decoding import Decoder, read_prompts
 
 
 def read_question_prompts(
