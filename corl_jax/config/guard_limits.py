@@ -58,7 +58,7 @@ class Guards(Section):
         "nats.",
     )
     drift_steps: PositiveFloat | None = option(
-        0.01,
+        0.005,
         "Alarm if the probability ratio of sampler and trainer differs from 1 by more than this "
         "for one step of an image that is made by denoising.",
     )

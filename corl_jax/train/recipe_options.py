@@ -20,8 +20,6 @@ from corl_jax.train.stages import STAGES, Stage
 
 KL_ESTIMATORS = {"loss": "k3", "reward": "k1"}
 """Place of the KL penalty -> its estimator where a config moves the penalty of a recipe."""
-OF_DENOISING = ("denoising.", "guards.drift_steps")
-"""Options that only models whose images are made by denoising read; beginnings of their keys."""
 
 
 def complete_algorithm(algorithm: Algorithm) -> Algorithm:
@@ -155,10 +153,10 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
         )
         way = "makes images by denoising"
     elif any(program.choose_scored for program in family.turns.values()):
-        unread = ("compat.image_logprobs_unshifted", *OF_DENOISING)
+        unread = ("compat.image_logprobs_unshifted", "guards.drift_steps")
         way = "draws the codes of images in any order"
     else:
-        unread = ("unmasking.", *OF_DENOISING, "sft.released")
+        unread = ("unmasking.", "guards.drift_steps", "sft.released")
         way = "draws the codes of images in one order"
     return [
         f"{key}: {value!r} has no effect; a {family.name} {way}"
@@ -180,9 +178,17 @@ def _list_options_of_tokens(config: Config) -> tuple[str, ...]:
 
 
 def find_denoising_problems(config: Config, stage: Stage, family: Family) -> list[str]:
-    """Returns the options with which a model that makes images by denoising cannot be trained."""
+    """Returns the options with which a model that makes images by denoising cannot be trained.
+
+    For any other model these are all options of denoising: they were meant for another model.
+    """
     if not family.denoises:
-        return []
+        keys = [key for key, _ in list_changes(config) if key.startswith("denoising.")]
+        return keys and [
+            f"model.path: found a {family.name}, which does not make images by denoising, but the "
+            f"config has {', '.join(keys)}; give a model that does, such as a JanusFlow, or leave "
+            "the block denoising out"
+        ]
     options = config.denoising
     try:
         # Evaluations of every stage draw images at these times.

@@ -99,6 +99,17 @@ def test_the_divisor_of_a_std_that_is_not_read_is_warned_of(name):
     assert not find_ignored_options(make_outline(ddof=0, scale="batch").config)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0, 3.5])
+def test_sampling_evaluations_and_replay_read_one_guidance(scale):
+    outline = make_outline(image_logprobs="guided")
+    rollout = outline.config.rollout.model_copy(update={"cfg_scale": scale})
+    config = outline.config.model_copy(update={"rollout": rollout})
+    outline = dataclasses.replace(outline, config=config)
+    for evaluates in (False, True):
+        options = build.make_sampling_options(outline, evaluates=evaluates)
+        assert options.cfg_scale == build.make_update_options(outline).logprobs.cfg_scale == scale
+
+
 # ---- the loss of an update, by hand
 
 

@@ -52,7 +52,9 @@ def test_a_schedule_without_a_shift_is_refused_before_an_evaluation_needs_it(sta
     assert find_problems(config, stage) == [
         "denoising: schedule 'uniform' has no shift, found 3.0: leave shift at null"
     ]
-    assert not find_denoising_problems(config, STAGES[stage], policies.FAMILIES["janus"])
+    (found,) = find_denoising_problems(config, STAGES[stage], policies.FAMILIES["janus"])
+    assert found.startswith("model.path: found a janus, which does not make images by denoising, ")
+    assert "the config has denoising.shift; give a model that does" in found
     config = config.model_copy(update={"denoising": Denoising(schedule="linspace", shift=3.0)})
     assert not find_problems(config, stage)
 

@@ -17,6 +17,7 @@ from corl_jax.params import flatten
 from corl_jax.plan import __main__ as plan
 from corl_jax.policies import load_policy
 from corl_jax.train import __main__ as command
+from corl_jax.train import build
 from corl_jax.weights.export import convert
 from tests.support import tiny_flow, tiny_runs
 
@@ -144,6 +145,22 @@ def test_the_guard_trains_on_rounded_latents(model, rows, tmp_path, one_device):
     )[0]  # fmt: skip
     assert 0 <= line["t2i/ratio_first"] < 1e-5 and line["t2i/clip_ratio/region_mean"] > 0
     assert line["t2i/kl"] > 0 and line["grad_norm"] > 0 and line["t2i/group_difference"] > 0
+
+
+def test_a_replay_with_another_guidance_raises_the_alarm(
+    model, rows, tmp_path, one_device, monkeypatch, capsys
+):
+    """No option can bring that about, but a family with a mistake in its replay could."""
+    options = build.LogprobOptions
+    monkeypatch.setattr(build, "LogprobOptions", lambda **x: options(**x | {"cfg_scale": 3.5}))
+    line = run(
+        model, rows, tmp_path / "run", train={"max_steps": 1}, algorithm={"tasks": "t2i"},
+        rewards=[{"name": "t2i_pixel_mse"}], export={"layout": "none"},
+    )[0]  # fmt: skip
+    assert line["t2i/ratio_first"] > 0.01 and line["alarm/drift_steps"] == 1
+    assert line["alarm/drift_mean"] == 0, "the limits of tokens do not see it"
+    said = capsys.readouterr().err
+    assert "alarm drift_steps at step 1: t2i/ratio_first" in said and "model.dtype float32" in said
 
 
 @pytest.mark.slow
