@@ -1,4 +1,4 @@
-"""The supervised loss that gives each completion the same weight, whatever its length."""
+"""The losses of given completions: the mean over tokens, or over completions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,28 @@ from corl_jax.algorithms.losses import (
     LossConstants,
     LossInputs,
     count_rows,
-    negative_log_likelihood,
+    count_tokens,
 )
 from corl_jax.algorithms.ratios import SumAndCount
+
+
+def negative_log_likelihood(
+    inputs: LossInputs, constants: LossConstants
+) -> tuple[jax.Array, jax.Array, dict[str, SumAndCount]]:
+    """Computes the next-token loss of given completions: the mean over kept tokens.
+
+    With alignments the loss is less their mean times `alignment_weight`; `nll` is without them.
+    """
+    tokens = count_tokens(inputs.mask)
+    total = -jnp.where(inputs.mask, inputs.logprobs, 0.0).sum()
+    metrics = {"nll": (total, tokens)}
+    if inputs.entropy is not None:
+        metrics["entropy"] = jnp.where(inputs.mask, inputs.entropy, 0.0).sum(), tokens
+    if inputs.alignment is not None:
+        alignment = jnp.where(inputs.mask, inputs.alignment, 0.0).sum()
+        metrics["alignment"] = alignment, tokens
+        total -= constants.alignment_weight * alignment
+    return total, tokens, metrics
 
 
 def row_likelihood(
@@ -29,3 +48,4 @@ def row_likelihood(
 
 
 ROW_LIKELIHOOD = Loss(row_likelihood, lambda mask, constants: count_rows(mask))
+NEGATIVE_LOG_LIKELIHOOD = Loss(negative_log_likelihood, lambda mask, constants: count_tokens(mask))

@@ -51,6 +51,8 @@ class LossInputs:
     sampler_logprobs: jax.Array | None = None
     weights: jax.Array | None = None  # [N, T], factors of the tokens' losses; None: all 1
     kl: jax.Array | None = None  # [N, T] exact divergences, which no estimate then replaces
+    # [N, T], raised beside the log-probs of given completions; see `flow.alignment`
+    alignment: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,7 @@ class LossConstants:
     dual_clip: float | None = None  # largest ratio of a token with a negative advantage
     importance_cap: float | None = None  # largest factor that corrects for the sampler
     advantage_clip: float | None = None  # largest size of an advantage
+    alignment_weight: float = 0.0  # of `LossInputs.alignment`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,18 +332,6 @@ def find_clip_extremes(inputs: LossInputs, constants: LossConstants) -> Extremes
     return {"clip_ratio/high_max": high.max()}, {"clip_ratio/low_min": smallest}
 
 
-def negative_log_likelihood(
-    inputs: LossInputs, constants: LossConstants
-) -> tuple[jax.Array, jax.Array, dict[str, SumAndCount]]:
-    """Computes the next-token loss of given completions: the mean over kept tokens."""
-    tokens = count_tokens(inputs.mask)
-    total = -jnp.where(inputs.mask, inputs.logprobs, 0.0).sum()
-    metrics = {"nll": (total, tokens)}
-    if inputs.entropy is not None:
-        metrics["entropy"] = jnp.where(inputs.mask, inputs.entropy, 0.0).sum(), tokens
-    return total, tokens, metrics
-
-
 def count_rows(mask: jax.Array) -> jax.Array:
     """Returns the number of rows of a mask [N, T] with a kept token."""
     # float32 like the sums, so that both are added over micro-batches in one tree.
@@ -363,7 +354,6 @@ def make_policy_loss(token_loss: TokenLoss, *, by_token: bool = False) -> Loss:
 
 
 CLIPPED_POLICY_LOSS = make_policy_loss(clip_token_ratios, by_token=True)
-NEGATIVE_LOG_LIKELIHOOD = Loss(negative_log_likelihood, lambda mask, constants: count_tokens(mask))
 
 
 def mask_truncated(mask: jax.Array, ended: jax.Array) -> jax.Array:

@@ -22,6 +22,11 @@ class Sft(Section):
     t2i_weight: NonNegativeFloat | None = option(
         None, "Weight of the image loss; texts have 1. null: 1, in self_sft_through 0 (no loss)."
     )
+    repa_weight: NonNegativeFloat = option(
+        0.0,
+        "Weight of the alignment of an image's states with the image encoder, REPA. 0: none. "
+        "JanusFlow was trained with it. Its projector is not exported.",
+    )
     released: bool = option(
         False,
         "Also the terms that only the code that a model comes from has. Show-o: the tokens before "

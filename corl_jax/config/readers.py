@@ -83,11 +83,12 @@ READERS = (
         if facts.block
     ),
     Reader(r"sft\.redraw", "self_sft_through", lambda c, _: STAGE_FACTS[c.stage].reaches_images),
-    Reader(r"sft\.(tasks|(caption|text)_column|released)", "a stage without rollouts",
+    Reader(r"sft\.(tasks|(caption|text)_column|repa_weight|released)", "a stage without rollouts",
            lambda config, _: not STAGE_FACTS[config.stage].has_rollouts),
     Reader(r"sft\.caption_column", "a task that makes texts",
            lambda config, _: config.sft.caption_column is None or _fine_tunes(config, TEXTS)),
-    Reader(r"sft\.t2i_weight", "a task that makes images", lambda c, _: _fine_tunes(c, IMAGES)),
+    Reader(r"sft\.(t2i|repa)_weight", "a task that makes images",
+           lambda config, _: _fine_tunes(config, IMAGES)),
     Reader(
         r"rewards\.\d+\.(timeout_s|max_failures)", "a reward by `use`",
         lambda config, key: config.rewards[int(key.split(".")[1])].use is not None,

@@ -64,14 +64,17 @@ def unstack(stacked: nnx.Module, layers: int) -> list[Any]:
 
 
 def scan_layers(
-    stacked: nnx.Module, step: Callable, x: Any, remat: Remat = "none"
-) -> tuple[Any, Any]:
+    stacked: nnx.Module, step: Callable, x: Any, remat: Remat = "none", *,
+    part: slice | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     """Applies `step(layer, x) -> (x, out)` over a stack of layers; the outs are stacked.
 
     `remat` names the values of a layer that are kept for the backward pass: all ("none"), results
-    of its matrix products ("dots") or its input ("full").
+    of its matrix products ("dots") or its input ("full"). `part` are the layers; None: all.
     """
     graphdef, state = nnx.split(stacked)
+    if part is not None:  # a part is a copy
+        state = jax.tree.map(lambda x: x[part], state)
 
     def body(carry, params):
         return step(nnx.merge(graphdef, params), carry)

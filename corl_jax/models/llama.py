@@ -210,12 +210,15 @@ class Llama(nnx.Module):
         mask: jax.Array,
         branches: Sequence[Branch],
         *,
+        inner: int | None = None,
         remat: Remat = "none",
         attention: AttentionKernel = "xla",
     ) -> list[jax.Array]:
         """Computes hidden states of left-padded prompts [B, P, D], and those of each branch.
 
         The first branch continues the prompts, and each later one continues the branch before it.
+        With `inner` the last entry of the results are the states of the last branch behind so many
+        layers, without the norm.
         """
         # Each prompt is read once, not once per completion. With 8 completions of 256 tokens and
         # prompts of 676 that is 2,724 tokens a group instead of 7,456.
@@ -233,17 +236,22 @@ class Llama(nnx.Module):
         def step(block: Block, x: list[jax.Array]):
             state, cache = block(x[0], prompt_rope, mask, attention)
             states = [state]
-            for state, place in zip(x[1:], places, strict=True):
-                state, cache = block.after(state, cache, *place, attention)
+            for state, (rope, seen) in zip(x[1:], places, strict=True):
+                state, cache = block.after(state, cache, rope, seen, attention)
                 states.append(state)
             return states, None
 
-        embeds = [prompts, *(branch.embeds for branch in padded)]
-        prompts, *states = jax.tree.map(
-            self.norm, layers.scan_layers(self.layers, step, embeds, remat)[0]
-        )
-        lengths = [branch.embeds.shape[1] for branch in branches]
-        return [prompts, *(x[:, :length] for x, length in zip(states, lengths, strict=True))]
+        x, lengths = [prompts, *(branch.embeds for branch in padded)], [prompts.shape[1]]
+        lengths += [branch.embeds.shape[1] for branch in branches]
+        tapped = []
+        if inner is None:
+            x, _ = layers.scan_layers(self.layers, step, x, remat)
+        else:
+            x, _ = layers.scan_layers(self.layers, step, x, remat, part=slice(inner))
+            tapped = [x[-1][:, : lengths[-1]]]
+            x, _ = layers.scan_layers(self.layers, step, x, remat, part=slice(inner, None))
+        states = [self.norm(state) for state in x]
+        return [state[:, :end] for state, end in zip(states, lengths, strict=True)] + tapped
 
     def after_caches(
         self, caches: KVCache, mask: jax.Array, branch: Branch, *,
@@ -269,12 +277,12 @@ class Llama(nnx.Module):
         self, caches: KVCache, mask: jax.Array, branch: Branch, attention: AttentionKernel,
         keep_cache: bool,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
-        place = self._place(branch, mask)
+        rope, seen = self._place(branch, mask)
         graphdef, state = nnx.split(self.layers)
 
         def step(x: jax.Array, layer: tuple[Any, KVCache]):
             block = nnx.merge(graphdef, layer[0])
-            x, cache = block.after(x, layer[1], *place, attention)
+            x, cache = block.after(x, layer[1], rope, seen, attention)
             return x, (cache if keep_cache else None)
 
         embeds = constrain(branch.embeds, "batch", "length", "embed")

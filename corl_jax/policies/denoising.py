@@ -111,7 +111,7 @@ def take_scored_inputs(segment: Segment, denoising: Denoising) -> tuple[jax.Arra
     return before, jnp.asarray(tabulate_sigmas(denoising), jnp.float32)[steps.reshape(-1)]
 
 
-def score_given(velocity: Velocity, segment: Segment) -> LatentScores:
+def score_given(velocity: Velocity, segment: Segment) -> tuple[jax.Array, None, jax.Array]:
     """Scores images of data: minus the squared error of the velocity at one time of each.
 
     `segment.values` [N, 1, ...] are their latents. Time and noise come from NOISE_KEYS; the time is
@@ -120,13 +120,20 @@ def score_given(velocity: Velocity, segment: Segment) -> LatentScores:
     Source: JanusFlow (arXiv 2411.07975) eq. 4; Stable Diffusion 3 (arXiv 2403.03206).
     """
     images = segment.values[:, 0].astype(jnp.float32)
+    latents, times, noise = add_drawn_noise(segment)
+    velocities = velocity(latents, times)
+    errors = average_elements((velocities - (noise - images)) ** 2)[:, None]
+    return -errors, None, velocities[:, None]
+
+
+def add_drawn_noise(segment: Segment) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns noisy latents of given images, their times [N] and the noise, all of NOISE_KEYS."""
+    images = segment.values[:, 0].astype(jnp.float32)
     keys = jax.random.wrap_key_data(segment.replay[NOISE_KEYS])
     times = jax.nn.sigmoid(draw_noise(keys, (), TIME_NUMBER))
     noise = draw_noise(keys, images.shape[1:])
     shares = times.reshape(-1, *(1,) * (images.ndim - 1))
-    velocities = velocity((1 - shares) * images + shares * noise, times)
-    errors = average_elements((velocities - (noise - images)) ** 2)[:, None]
-    return -errors, None, velocities[:, None]
+    return (1 - shares) * images + shares * noise, times, noise
 
 
 def measure_kl(

@@ -89,6 +89,8 @@ class SamplingOptions:
     denoising: Denoising = Denoising()  # latents
 
 
+PIXELS = "pixels"
+"""Key of `Segment.replay`: given images as the image encoder reads them, [N, S, S, 3] float32."""
 NOISE_KEYS = "noise_keys"
 """Key of `Segment.replay`: the bits [N, 2] of a random key for each image.
 
@@ -125,12 +127,13 @@ class LogprobOptions:
     # vocabulary, as in the training of a base model.
     is_given: bool = False
     released: bool = False  # given completions: also the terms that a model's own code has
+    aligned: bool = False  # given images: also how their states agree with an image encoder
 
 
 Sample = Callable[[Sizes, Params, EncodedPrompts, jax.Array, SamplingOptions], tuple[Segment, ...]]
 """(sizes, params, B prompts, N keys, options) -> the segments of all turns, each of N rows."""
-LatentScores = tuple[jax.Array, None, jax.Array]
-"""(log-probs [N, T], None, velocities [N, T, ...]) of latents.
+LatentScores = tuple[jax.Array, None, jax.Array] | tuple[jax.Array, None, jax.Array, jax.Array]
+"""(log-probs [N, T], None, velocities [N, T, ...]) of latents; aligned also alignments [N, T].
 
 The entropy of a denoising step is that of its noise, which no network changes, so there is none.
 """
@@ -214,6 +217,15 @@ class Adapters:
 
 
 @dataclasses.dataclass(frozen=True)
+class Alignment:
+    """The functions and names of a projector that only training has; see `flow.alignment`."""
+
+    paths: str  # regex of its parameters
+    add: Callable[[Sizes], Sizes]  # sizes -> with the projector; `Family.base` removes it
+    init: Callable[[Sizes, jax.Array], Params]  # (sizes, random key) -> its parameters
+
+
+@dataclasses.dataclass(frozen=True)
 class CaptionPrompt:
     """A question prompt with a caption as its question, and the positions of its parts."""
 
@@ -288,6 +300,7 @@ class Family:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # Optional parts; without them the program refuses the options that need them.
     adapters: Adapters | None = None
+    alignment: Alignment | None = None
     hidden_states: HiddenStates | None = None
     # (sizes, params, pixels) -> (loss, metrics): the stage that trains the image tokenizer
     tokenizer_loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
@@ -351,7 +364,7 @@ class Family:
         return params_lib.cast(params, dtype, self.float32_parts)
 
     def base(self, sizes: Sizes) -> Sizes:
-        """Returns the sizes without adapters, as in checkpoints and for the reference."""
+        """Returns the sizes of the checkpoint and the reference, without what training adds."""
         return self.adapters.remove(sizes) if self.adapters else sizes
 
     def lora_of(self, sizes: Sizes) -> Any:

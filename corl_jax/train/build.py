@@ -22,7 +22,7 @@ from corl_jax.policies.turns import Sampler, bind_sampler
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import FrozenNetwork, Policy
 from corl_jax.tasks import CODES, TASKS
-from corl_jax.train import attending
+from corl_jax.train import attending, fit
 from corl_jax.train.average import keep_average, start_average
 from corl_jax.train.kl_penalty import KlPenalty
 from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
@@ -130,11 +130,11 @@ def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
         trained = dict(leaf_paths(shapes))
         loaded = load_sharded(
             plan.model_dir, family.kind, base,
-            param_shardings(merge(shapes, rest), mesh, rules),
+            param_shardings(family.abstract(base), mesh, rules),
             # None keeps the type of the file: a frozen parameter needs no float32 copy.
             lambda path: master if path in trained else None,
         )  # fmt: skip
-        return partition(loaded, plan.trained)
+        return partition(merge(loaded, draw_alignment(plan, master)), plan.trained)
     frozen = load_sharded(
         plan.model_dir, family.kind, base, param_shardings(rest, mesh, rules), lambda _: None
     )
@@ -145,6 +145,21 @@ def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
     # Not the seed itself, which the samples' keys are made of.
     key = jax.random.fold_in(jax.random.key(config.seed), ADAPTER_STREAM)
     return jax.jit(draw_adapters, out_shardings=shardings)(key), frozen
+
+
+def draw_alignment(plan: ResolvedRun, dtype: Any) -> Params:
+    """Returns the first values of the projector of an alignment; empty without one."""
+    alignment, sizes = plan.family.alignment, plan.sizes
+    if alignment is None or not fit.aligns_images(plan.config):
+        return {}
+
+    def draw(key: jax.Array) -> Params:
+        return jax.tree.map(lambda x: x.astype(dtype), alignment.init(sizes, key))
+
+    # No run has adapters as well, whose stream this is.
+    key = jax.random.fold_in(jax.random.key(plan.config.seed), ADAPTER_STREAM)
+    shardings = param_shardings(jax.eval_shape(draw, key), plan.mesh, plan.family.rules)
+    return jax.jit(draw, out_shardings=shardings)(key)
 
 
 def load_networks(plan: ResolvedRun) -> dict[str, FrozenNetwork]:
@@ -219,10 +234,13 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         denoising=choose_denoising(plan),
         is_given=not compares,
         released=config.sft.released and not plan.stage.samples,
+        aligned=fit.aligns_images(config),
     )
     return UpdateOptions(
         loss=plan.stage.loss(config),
-        constants=make_loss_constants(algorithm),
+        constants=dataclasses.replace(
+            make_loss_constants(algorithm), alignment_weight=config.sft.repa_weight
+        ),
         logprobs=logprobs,
         weights=tuple(plan.stage.loss_weights(config).items()),
         dtype=DTYPES[config.model.dtype],

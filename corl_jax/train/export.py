@@ -18,7 +18,7 @@ from corl_jax.config.schema import Config
 from corl_jax.data.instructions import recognize_instruction
 from corl_jax.devices import batches, processes
 from corl_jax.input_files import expand_path
-from corl_jax.params import map_with_path, merge
+from corl_jax.params import flatten, merge, unflatten
 from corl_jax.policies.generation_config import FILE as GENERATION_FILE
 from corl_jax.policies.generation_config import NOTHING_STATED, Generation
 from corl_jax.runs import fingerprints
@@ -172,7 +172,11 @@ def export(
     # Before the cast below, because a merge in float32 rounds only once.
     if lora is not None:
         params, rounded = adapters.merge_adapters(params, lora, dtypes, beat, layer_dtypes)
-    params = map_with_path(lambda path, leaf: leaf.astype(dtypes[path], copy=False), params)
+    # Without what only training has: no checkpoint has a place for it.
+    exported = {path: leaf for path, leaf in flatten(params).items() if path in dtypes}
+    params = unflatten({
+        path: leaf.astype(dtypes[path], copy=False) for path, leaf in exported.items()
+    })  # fmt: skip
     assert options.layout != "none"  # `refresh_export` calls this with a layout only
     notes = save_checkpoint(
         folder, kind, run.family.base(run.sizes), params, layout=options.layout,

@@ -18,7 +18,7 @@ from corl_jax.params import leaf_paths, partition
 from corl_jax.policies.family import Family, Limits
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import list_place_problems
-from corl_jax.tasks import plan_tasks
+from corl_jax.tasks import choose_tasks, image_tasks, plan_tasks
 from corl_jax.train import attending, sft
 from corl_jax.train.optimizer import is_in_group
 from corl_jax.train.stages import STAGES
@@ -31,7 +31,15 @@ def trained_patterns(config: Config, family: Family) -> Sequence[str]:
     if config.lora.rank and family.adapters is not None:
         return [family.adapters.paths]
     chosen = config.train.trainable
-    return family.trainable if chosen is None else chosen
+    added = [family.alignment.paths] if aligns_images(config) and family.alignment else []
+    return [*(family.trainable if chosen is None else chosen), *added]
+
+
+def aligns_images(config: Config) -> bool:
+    """Returns whether the run aligns states of images with an image encoder: sft.repa_weight."""
+    stage, tasks = STAGES[config.stage], choose_tasks(config.sft.tasks)
+    is_supervised = stage.uses_language_model and not stage.samples
+    return is_supervised and config.sft.repa_weight > 0 and bool(image_tasks(tasks))
 
 
 def choose_layout(config: Config, family: Family) -> Config:
@@ -42,13 +50,15 @@ def choose_layout(config: Config, family: Family) -> Config:
     return config.model_copy(update={"export": export})
 
 
-def add_adapters(config: Config, family: Family, sizes: Sizes) -> Sizes:
-    """Returns the sizes with the adapters that the config asks for.
+def add_parts(config: Config, family: Family, sizes: Sizes) -> Sizes:
+    """Returns the sizes with the adapters and the alignment that the config asks for.
 
     Raises:
-        InputError: a projection that the family does not adapt.
+        InputError: a projection that the family does not adapt, or an alignment that it lacks.
     """
     options = config.lora
+    if aligns_images(config):
+        sizes = _add_alignment(config, family, sizes)
     if not options.rank:
         return sizes
     if family.adapters is None:
@@ -65,6 +75,24 @@ def add_adapters(config: Config, family: Family, sizes: Sizes) -> Sizes:
             "each once"
         )
     return family.adapters.add(sizes, Lora(options.rank, options.alpha, targets))
+
+
+def _add_alignment(config: Config, family: Family, sizes: Sizes) -> Sizes:
+    key, limits = f"sft.repa_weight: found {config.sft.repa_weight:g}", family.limits(sizes)
+    if family.alignment is None:
+        raise InputError(
+            f"{key}, but a {family.name} aligns no images with an image encoder; set it to 0"
+        )
+    if config.lora.rank:
+        raise InputError(
+            f"{key}, whose projector adapters do not train; set it to 0, or lora.rank to 0"
+        )
+    if limits.image_side != limits.input_image_side:
+        raise InputError(
+            f"{key}, but the model draws images of {limits.image_side} pixels and its encoder "
+            f"reads {limits.input_image_side}, so that their places differ; set it to 0"
+        )
+    return family.alignment.add(sizes)
 
 
 def find_batch_problems(config: Config, mesh: Mesh) -> list[str]:
@@ -171,7 +199,9 @@ def _find_export_problems(config: Config, family: Family, sizes: Sizes) -> list[
 def find_trainable_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:
     """Returns problems of train.trainable: patterns without a match, parts without a gradient."""
     if config.lora.rank and family.lora_of(sizes) is None:
-        return []  # add_adapters has said why there are none
+        return []  # add_parts has said why there are none
+    if aligns_images(config) and family.base(sizes) == sizes:
+        return []  # the same
     try:
         trained, _ = partition(family.abstract(sizes), trained_patterns(config, family))
     except InputError as error:

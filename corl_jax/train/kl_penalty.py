@@ -38,6 +38,7 @@ def measure_penalties(
             name_segments(name, task.kinds), task.segments, task.old_logprobs, task.ref_logprobs,
             strict=True,
         ):  # fmt: skip
+            assert reference is not None, "a penalty in the reward is of tokens alone"
             # Padding may hold anything, -inf included, and inf - inf is NaN.
             policy, reference = (jnp.where(segment.mask, x, 0.0) for x in (policy, reference))
             # 0 where both are 0, so padding adds nothing.

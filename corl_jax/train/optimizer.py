@@ -84,8 +84,8 @@ def scale_updates(
                 return update * factor
         return update
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = optimizer.update(grads, state, params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, state, params)
         return map_with_path(scale, updates), state
 
     return optax.GradientTransformation(optimizer.init, update)

@@ -123,7 +123,7 @@ def outline_run(
     mesh = problems.attempt(
         make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices
     )
-    sizes = problems.attempt(fit.add_adapters, config, family, sizes) or sizes
+    sizes = problems.attempt(fit.add_parts, config, family, sizes) or sizes
     if mesh:
         problems.add(fit.find_batch_problems(config, mesh))
         problems.add(fit.find_mesh_problems(family, sizes, mesh))
@@ -165,7 +165,7 @@ def resolve_run(config: Config) -> ResolvedRun:
         problems.add([*missing, *_find_own_scorer_problems(config, rewards.used, model)])
         problems.add(find_denoising_problems(config, stage, model.family))
         # Without adapters if they are wrong, so that the other checks still run.
-        sizes = problems.attempt(fit.add_adapters, config, model.family, model.sizes) or model.sizes
+        sizes = problems.attempt(fit.add_parts, config, model.family, model.sizes) or model.sizes
         problems.add(fit.find_model_problems(config, model.family, sizes, mesh))
         if sources and not missing:  # prompts are encoded, and the model must know their kind
             loaders = problems.attempt(

@@ -25,7 +25,7 @@ from corl_jax.data.images import fit_pixels
 from corl_jax.devices.processes import all_max
 from corl_jax.params import merge
 from corl_jax.policies.choices import sample_keys
-from corl_jax.policies.family import NOISE_KEYS
+from corl_jax.policies.family import NOISE_KEYS, PIXELS
 from corl_jax.tasks import CODES, LATENTS, TASKS, TEXT, image_tasks, text_tasks
 from corl_jax.train.image_codes import read_images
 from corl_jax.train.run import Iteration, Run, put_batch
@@ -72,9 +72,10 @@ def sft_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
         for task in drawn:
             pixels = batch[task].segments[0].values
             values = run.family.encode_images(run.sizes, params, pixels)
+            seen = make_encoder_pixels(run, pixels)
             kind = LATENTS if run.family.denoises else CODES
             # [N, T] codes, or latents [N, 1, h, w, C], whose error is one number
-            segment = Segment(kind, values, jnp.ones(values.shape[:2], bool), replay=replay)
+            segment = Segment(kind, values, jnp.ones(values.shape[:2], bool), replay=replay | seen)
             batch[task] = dataclasses.replace(batch[task], segments=(segment,))
     with run.phases("update"):
         state, metrics = run.train_step(state, run.frozen, batch)
@@ -130,6 +131,16 @@ def make_noise_bits(run: Run, prompts: Prompts, group_size: int = 1) -> Array:
     """Returns the bits [N, 2] of the random keys of the images of a batch, on the devices."""
     keys = sample_keys(run.seed, prompts.index, group_size, NOISE_STREAM)
     return put_batch(run, np.asarray(jax.random.key_data(keys)))
+
+
+def make_encoder_pixels(run: Run, pixels: Array) -> dict[str, Array]:
+    """Returns PIXELS of images [N, S, S, 3] in [-1, 1], if their states are aligned."""
+    normalise = run.family.normalise_pixels
+    if not run.sft.repa_weight:
+        return {}
+    assert normalise is not None, "a family with an alignment has an image encoder"
+    levels = jnp.round((pixels + 1) * 127.5).astype(jnp.uint8)
+    return {PIXELS: normalise(run.processor, levels)}
 
 
 def blank_prompts(run: Run, prompts: EncodedPrompts, dropped: np.ndarray) -> EncodedPrompts:

@@ -11,8 +11,8 @@ from typing import Any
 
 import optax
 
-from corl_jax.algorithms.likelihoods import ROW_LIKELIHOOD
-from corl_jax.algorithms.losses import NEGATIVE_LOG_LIKELIHOOD, Loss
+from corl_jax.algorithms.likelihoods import NEGATIVE_LOG_LIKELIHOOD, ROW_LIKELIHOOD
+from corl_jax.algorithms.losses import Loss
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config.schema import Config
 from corl_jax.config.stages import STAGE_FACTS, StageFacts

@@ -128,14 +128,15 @@ def make_loss_inputs(
             advantages=task.advantages,
             old_logprobs=old,
             ref_logprobs=ref,
-            kl=measure_kl(segment, velocities[0], reference, options.logprobs)
+            kl=measure_kl(segment, of_latents[0], reference, options.logprobs)
             if measure_kl is not None and reference is not None
             else None,
             entropy=entropy,
             sampler_logprobs=segment.logprobs,
             weights=weigh_tokens(segment, entropy, options.selections),
+            alignment=of_latents[1] if len(of_latents) > 1 else None,
         )
-        for segment, (logprobs, entropy, *velocities), old, ref, reference in zip(
+        for segment, (logprobs, entropy, *of_latents), old, ref, reference in zip(
             task.segments, scores, task.old_logprobs or nothing, task.ref_logprobs or nothing,
             task.ref_velocities or nothing, strict=True,
         )

@@ -79,7 +79,7 @@ def refuse(tmp_path, monkeypatch):
         ("model.bar=1", f"model.bar: unknown key; known in model: {MODEL_KEYS}"),
         ("sft.foo=1",
          "sft.foo: unknown key; known in sft: tasks, caption_column, text_column, t2i_weight, "
-         "released, redraw"),
+         "repa_weight, released, redraw"),
         ("lora.xyz=1", "lora.xyz: unknown key; known in lora: rank, alpha, targets"),
     ],
 )  # fmt: skip

@@ -50,10 +50,10 @@ SELF = ("self_qa", "self_sft", "self_sft_through")
 DEVICES = (1, 2, 4, 8)
 # 15 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
 # few configs set one. 4 belong to models that draw the codes of an image in any order, and 12 to
-# those that make images by denoising. 1 has the learning rates of groups of parameters, and
-# `rollout.image_window` trades the length of a pass for their number: which window pays depends on
-# the device, the rows and the trained model.
-MAX_OPTIONS = 146
+# those that make images by denoising. 1 has the learning rates of groups of parameters, 1 the
+# alignment with an image encoder, and `rollout.image_window` trades the length of a pass for their
+# number: which window pays depends on the device, the rows and the trained model.
+MAX_OPTIONS = 147
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".html")
 
@@ -220,7 +220,7 @@ def test_7b_differs_from_1b_in_model_mesh_and_adapters_alone(stage):
     assert differing(small, large) == expected
     config_files.load(CONFIGS / f"janus_pro_7b/{stage}.yaml", ["lora.rank=0"])
     if adapters:
-        adapted = fit.add_adapters(large, FAMILY, network.PRESETS["janus-pro-7b"])
+        adapted = fit.add_parts(large, FAMILY, network.PRESETS["janus-pro-7b"])
         assert len(FAMILY.adapters.options_of(adapted).targets) == 7
     assert large.lora.targets is None and large.export.lora == "merged"
     assert (large.mesh.data, large.mesh.fsdp, large.mesh.tensor) == (1, -1, 1)
@@ -376,7 +376,7 @@ def test_a_show_o_config_fits_its_model(name):
     preset = "show-o-512x512" if "512" in name else "show-o"
     assert config.model.path == f"models/{preset}"
     assert find_sizes(config.model.path, None) == (family, family.presets[preset])
-    sizes = fit.add_adapters(config, family, family.presets[preset])
+    sizes = fit.add_parts(config, family, family.presets[preset])
     assert fit.choose_layout(config, family).export.layout == "original"
     assert not fit.find_model_problems(config, family, sizes, None)
     # Show-o's own weights of guidance do not count the conditional part; see `compute_image_logits`
@@ -392,7 +392,8 @@ def test_a_janus_flow_config_fits_its_model(name):
     sizes, stage = family.presets["janusflow-1.3b"], STAGE_TABLE[config.stage]
     assert find_sizes(config.model.path, None) == (family, sizes)
     assert fit.choose_layout(config, family).export.layout == "original"
-    assert not fit.find_model_problems(config, family, sizes, None)
+    complete = fit.add_parts(config, family, sizes)
+    assert not fit.find_model_problems(config, family, complete, None)
     assert not find_denoising_problems(config, stage, family)
     assert not resolve.find_missing_abilities(config, stage, family, sizes)
     if stage.samples:

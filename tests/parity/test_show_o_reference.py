@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import corl_jax
-from corl_jax.algorithms.losses import NEGATIVE_LOG_LIKELIHOOD, LossConstants
+from corl_jax.algorithms.likelihoods import NEGATIVE_LOG_LIKELIHOOD
+from corl_jax.algorithms.losses import LossConstants
 from corl_jax.devices.mesh import make_mesh, param_shardings
 from corl_jax.policies.family import NOISE_KEYS, LogprobOptions, SamplingOptions, Unmasking
 from corl_jax.policies.show_o import images, network, sampling

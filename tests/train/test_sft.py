@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corl_jax.algorithms.losses import NEGATIVE_LOG_LIKELIHOOD, LossConstants
+from corl_jax.algorithms.likelihoods import NEGATIVE_LOG_LIKELIHOOD
+from corl_jax.algorithms.losses import LossConstants
 from corl_jax.config import schema
 from corl_jax.data.images import fit_pixels
 from corl_jax.params import partition

@@ -6,7 +6,7 @@ import jax
 
 from corl_jax.models.lora import Lora
 from corl_jax.policies.denoising import measure_kl
-from corl_jax.policies.family import Adapters, Family, Limits, TurnProgram
+from corl_jax.policies.family import Adapters, Alignment, Family, Limits, TurnProgram
 from corl_jax.policies.janus.image_settings import ImageSettings
 from corl_jax.policies.janus.images import normalise_pixels
 from corl_jax.policies.janus.tokens import SpecialTokens
@@ -73,8 +73,11 @@ FAMILY = Family(
         paths=layout.ADAPTER_PATHS,
         targets=layout.ADAPTER_TARGETS,
         add=network.add_adapters,
-        remove=network.remove_adapters,
+        remove=network.get_base,
         options_of=_get_adapters,
+    ),
+    alignment=Alignment(
+        layout.ALIGNMENT_PATHS, network.add_alignment, network.init_alignment_projector
     ),
     limits=describe_limits,
     turns={

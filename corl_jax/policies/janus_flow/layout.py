@@ -15,7 +15,8 @@ TRAINABLE = ("language_model/.*", "lm_head/.*", "generation_.*")
 
 GROUPS = {
     "language_model": ("language_model/.*", "lm_head/.*"),
-    "image_head": ("generation_.*",),  # around the language model: latents in, velocities out
+    # around the language model: latents in, velocities out, and the projector of training
+    "image_head": ("generation_.*", "alignment_projector/.*"),
     "image_encoder": ("vision_model/.*", "aligner/.*", "begin_embedding"),
     "image_tokenizer": ("vae/.*",),
 }
@@ -28,6 +29,9 @@ ADAPTER_TARGETS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
 )  # fmt: skip
 """Projections of each layer of the language model that can have an adapter."""
+
+ALIGNMENT_PATHS = "alignment_projector/.*"
+"""Regex of the parameters that only training has: no checkpoint and no export."""
 
 ADAPTER_PATHS = "language_model/layers/.*/lora_[ab]"
 """Regex of the adapters' parameters."""
@@ -49,7 +53,7 @@ RULES: Rules = (
     (r"(vision_model/layers/mlp|generation_(en|de)coder/layers)/fc2/kernel", _ROW),
     (r"language_model/embed_tokens/embedding", _OUTER),  # vocabulary over `tensor`
     (r"lm_head/kernel", _INNER),
-    (r"(generation_)?aligner/kernel", _INNER),
+    (r"((generation_)?aligner|alignment_projector/fc\d)/kernel", _INNER),
     (r"generation_projection/kernel", _INNER),
     (r"generation_encoder/time_embedding/fc1/kernel", _INNER),
     (r"generation_encoder/time_embedding/fc2/kernel", _OUTER),

@@ -10,10 +10,11 @@ import dataclasses
 
 import jax
 
+from corl_jax.algorithms.flow.alignment import measure_alignment
 from corl_jax.algorithms.flow.trajectory import Velocity, guide_velocity
 from corl_jax.policies.causal_answers import score_text
-from corl_jax.policies.denoising import score_given, score_latents
-from corl_jax.policies.family import LogprobOptions, Scores
+from corl_jax.policies.denoising import add_drawn_noise, score_given, score_latents
+from corl_jax.policies.family import PIXELS, LatentScores, LogprobOptions, Scores
 from corl_jax.policies.janus_flow import network
 from corl_jax.policies.janus_flow.network import JanusFlow, JanusFlowConfig, Prefix
 from corl_jax.types import EncodedPrompts, Params, Segment
@@ -58,8 +59,28 @@ def score_steps(
     if options.is_given:
         # Each branch learns by itself: blanked prompts train the one without a prompt.
         plain = dataclasses.replace(options, cfg_scale=1.0)
+        if options.aligned:
+            return (score_aligned(model, prompts, latents, plain, sizes.aligned_layer),)
         return (score_given(make_velocity(model, prompts, plain), latents),)
     return (score_latents(make_velocity(model, prompts, options), latents, options.denoising),)
+
+
+def score_aligned(
+    model: JanusFlow, prompts: EncodedPrompts, images: Segment, options: LogprobOptions, layer: int
+) -> LatentScores:
+    """Scores given images, and how their states of a layer agree with the image encoder's features.
+
+    Source: JanusFlow (arXiv 2411.07975) eq. 6.
+    """
+    latents, times, _ = add_drawn_noise(images)
+    velocities, states = model.project_images(
+        latents, times, model.make_prefix(prompts, options.special), layer,
+        remat=options.remat, attention=options.attention,
+    )  # fmt: skip
+    # They are the velocities of these inputs, read above together with the states.
+    scores, _, velocities = score_given(lambda *_: velocities, images)
+    features = model.vision_model(images.replay[PIXELS])
+    return scores, None, velocities, measure_alignment(states, features)[:, None]
 
 
 def score_answers(

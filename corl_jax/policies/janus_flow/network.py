@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,9 @@ class JanusFlowConfig:
     uvit: UvitConfig = dataclasses.field(default_factory=UvitConfig)
     vae: SdVaeConfig = dataclasses.field(default_factory=SdVaeConfig)
 
+    # A class variable, so that checkpoints do not state it; see AlignedConfig.
+    is_aligned: ClassVar[bool] = False
+
     @property
     def num_image_tokens(self) -> int:
         """The number of tokens of an image, in a prompt or drawn: both have the same grid."""
@@ -54,6 +57,32 @@ class JanusFlowConfig:
         # 576 tokens -> a grid of 24 x 24 patches -> 48 x 48 latents
         side = math.isqrt(self.num_image_tokens) * self.uvit.patch_size
         return side, side, self.uvit.latent_channels
+
+    @property
+    def aligned_layer(self) -> int:
+        """The number of layers whose states are aligned with the image encoder."""
+        # The paper's 6 of 24.
+        return max(self.llama.num_layers // 4, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignedConfig(JanusFlowConfig):
+    """A JanusFlow in training whose states are aligned with its image encoder."""
+
+    is_aligned: bool = True  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+def add_alignment(config: JanusFlowConfig) -> JanusFlowConfig:
+    """Returns the sizes with the projector of the alignment."""
+    parts = {f.name: getattr(config, f.name) for f in dataclasses.fields(JanusFlowConfig)}
+    return AlignedConfig(**parts)
+
+
+def get_base(config: JanusFlowConfig) -> JanusFlowConfig:
+    """Returns the sizes of the checkpoint: without adapters and without the alignment."""
+    # The plain class again, so that these sizes equal those of a model that never had them.
+    parts = {f.name: getattr(config, f.name) for f in dataclasses.fields(JanusFlowConfig)}
+    return remove_adapters(JanusFlowConfig(**parts))
 
 
 def add_adapters(config: JanusFlowConfig, lora: Lora) -> JanusFlowConfig:
@@ -97,6 +126,22 @@ class Prefix(NamedTuple):
         return mask
 
 
+class AlignmentProjector(nnx.Module):
+    """Three linear layers from states of the language model to features of the image encoder.
+
+    Source: REPA (arXiv 2410.06940), `build_mlp` of its code; JanusFlow has three layers as well.
+    """
+
+    def __init__(self, config: JanusFlowConfig, *, rngs: nnx.Rngs):
+        width = config.llama.hidden_size
+        self.fc1 = make_linear(width, width, bias=True, rngs=rngs)
+        self.fc2 = make_linear(width, width, bias=True, rngs=rngs)
+        self.fc3 = make_linear(width, config.siglip.hidden_size, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc3(jax.nn.silu(self.fc2(jax.nn.silu(self.fc1(x)))))
+
+
 class JanusFlow(nnx.Module):
     """The parts and their connections; sampling and losses are in other modules."""
 
@@ -113,6 +158,8 @@ class JanusFlow(nnx.Module):
         self.generation_projection = make_linear(width, uvit.decoder_width, bias=True, rngs=rngs)
         self.generation_decoder = Decoder(uvit, width, rngs=rngs)
         self.vae = SdVae(config.vae, rngs=rngs)
+        if config.is_aligned:
+            self.alignment_projector = AlignmentProjector(config, rngs=rngs)
 
     # ---- text and images in prompts
 
@@ -227,6 +274,29 @@ class JanusFlow(nnx.Module):
         )
         return [*states, self._make_velocity(hidden, skip, condition, remat)]
 
+    def project_images(
+        self,
+        latents: jax.Array,
+        times: jax.Array,
+        prefix: Prefix,
+        layer: int,
+        *,
+        remat: Remat = "none",
+        attention: AttentionKernel = "xla",
+    ) -> tuple[jax.Array, jax.Array]:
+        """Computes the `velocity` of images, and their states [N, image tokens, C] of a layer.
+
+        The states are projected to the width of the image encoder's features.
+        """
+        tokens, skip, condition = self._read_latents(latents, times, remat)
+        *_, hidden, states = self.language_model.read_branches(
+            prefix.embeds, prefix.mask, (Branch(tokens, first=prefix.first),), inner=layer,
+            remat=remat, attention=attention,
+        )  # fmt: skip
+        # The state of the time's token belongs to no place of the image.
+        projected = self.alignment_projector(states[:, 1:])
+        return self._make_velocity(hidden, skip, condition, remat), projected
+
     def prefill(self, prefix: Prefix) -> KVCache:
         """Computes the keys and values [L, B, P, kv_heads, head_dim] of a prefix.
 
@@ -285,6 +355,11 @@ def abstract(config: JanusFlowConfig, dtype: Any = jnp.float32) -> Params:
 def init(config: JanusFlowConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
     """Returns random parameters: normal(0.02) in transformers, flax's defaults in convolutions."""
     return modules.init_params(JanusFlow, config, key, dtype)
+
+
+def init_alignment_projector(config: JanusFlowConfig, key: jax.Array) -> Params:
+    """Returns random parameters of the projector of the alignment."""
+    return {"alignment_projector": modules.init_params(AlignmentProjector, config, key)}
 
 
 def bind(config: JanusFlowConfig, params: Params) -> JanusFlow:

@@ -57,7 +57,7 @@ def make_keys(group: int = GROUP, index: Any = (0, 1)) -> jax.Array:
     return sample_keys(5, np.asarray(index), group)
 
 
-def sample(config, params, keys, rows=PROMPTS, length=LENGTH, **changes: Any):
+def sample(config, params, keys, rows=PROMPTS, length=LENGTH, **changes: Any) -> Any:
     options = dataclasses.replace(OPTIONS, **changes)
     return thinking.sample_thinking(config, params, pad_left(rows, length), keys, options)
 
@@ -126,10 +126,10 @@ def test_scoring_computes_what_the_sampler_recorded(params, scale):
     (text, entropies), (steps, none, velocities) = score(
         params, prompts, (hidden, segments[1]), options
     )
-    kept = np.asarray(segments[0].mask)
-    np.testing.assert_allclose(text[kept], segments[0].logprobs[kept], atol=LOGPROBS)
+    kept, recorded = np.asarray(segments[0].mask), [x.logprobs for x in segments]
+    np.testing.assert_allclose(text[kept], recorded[0][kept], atol=LOGPROBS)
     assert (np.asarray(entropies)[kept] > 0).all() and none is None
-    ratios = np.exp(steps - segments[1].logprobs)
+    ratios = np.exp(steps - recorded[1])
     print(f"scale {scale:g}: largest |ratio - 1| {np.abs(ratios - 1).max():.1e}")
     assert np.abs(ratios - 1).max() < RATIO
     assert velocities.shape == (*steps.shape, *CONFIG.latent_shape)
