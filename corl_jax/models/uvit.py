@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from corl_jax.devices.mesh import constrain
 from corl_jax.models import layers
 from corl_jax.models.layers import Remat, make_linear
 
@@ -152,7 +153,10 @@ class ConvNextBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """Computes maps [N, H, W, C] of maps x and conditions [N, condition_width]."""
-        h = jax.nn.gelu(self.fc1(self.norm(self.depthwise(x))), approximate=False)
+        # Otherwise XLA splits a map over devices, and sends its borders for each entry of a kernel.
+        x = constrain(x, "batch", None, None, None)
+        h = self.fc1(self.norm(constrain(self.depthwise(x), "batch", None, None, None)))
+        h = constrain(jax.nn.gelu(h, approximate=False), "batch", None, None, "mlp")
         x = x + self.fc2(self.response_norm(h))
         # Behind the residual: the condition scales the sum, not the branch alone.
         scale, shift = jnp.split(self.film(jax.nn.silu(condition))[:, None, None], 2, axis=-1)

@@ -80,12 +80,11 @@ def blank_ids(input_ids: jax.Array, special: SpecialTokens) -> jax.Array:
 
 
 class Prefix(NamedTuple):
-    """What the tokens of an image follow: B prompts, or one for all images."""
+    """What the tokens of an image follow: B prompts."""
 
     embeds: jax.Array  # [B, P, D], padded on the left
     mask: jax.Array  # [B, P] bool, True on real tokens
-    # [M] int32 positions of the first token of an image; M divides the number of images
-    first: jax.Array
+    first: jax.Array  # [B] int32 positions of the first token of an image
 
 
 class JanusFlow(nnx.Module):
@@ -171,8 +170,11 @@ class JanusFlow(nnx.Module):
         `mask` [B, P] is that of the prompts in the conditional branch.
         """
         # A prompt of 5 tokens: BOS has position 0, and the image begins at position 5, not 1. The
-        # pad makes an even length, which cuDNN needs for gradients.
-        ids, seen = jnp.array([[special.pad, special.bos]]), jnp.array([[False, True]])
+        # pad makes an even length, which cuDNN needs for gradients. One row for all prompts would
+        # do, but a mesh splits rows as those of the prompts.
+        shape = len(mask), 2
+        ids = jnp.broadcast_to(jnp.array([special.pad, special.bos]), shape)
+        seen = jnp.broadcast_to(jnp.array([False, True]), shape)
         return Prefix(self.embed_text(ids), seen, mask.sum(axis=-1, dtype=jnp.int32))
 
     def velocity(
