@@ -97,8 +97,8 @@ class Rollout(Section):
     )
     cfg_scale: NonNegativeFloat | None = option(
         None,
-        "Scale of classifier-free guidance of images. 1: no guidance. null: the model's own; 2 of a "
-        "JanusFlow, 5 of all others. [P]",
+        "Scale of classifier-free guidance of images. 1: no guidance. null: the model's own, 2 of "
+        "a JanusFlow, 5 of all others. [P]",
     )
     max_new_tokens: Positive = option(512, "Most tokens of a text completion. [P]")
     batch_prompts: Positive | None = option(

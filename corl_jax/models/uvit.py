@@ -85,7 +85,10 @@ class GlobalResponseNorm(nnx.Module):
 
 @jax.custom_vjp
 def convolve_depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolves each channel of maps x [N, H, W, C] with a kernel [K, K, 1, C] of its own, K odd."""
+    """Convolves each channel of maps x [N, H, W, C] with a kernel [K, K, 1, C] of its own.
+
+    K is odd.
+    """
     # One fused sum: XLA's own convolution of single channels takes 10 times as long on a CPU.
     size, (height, width) = len(kernel), x.shape[1:3]
     padded, weights = _pad_margins(x, size), kernel.astype(jnp.float32)

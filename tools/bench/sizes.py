@@ -12,9 +12,9 @@ from corl_jax.models.aesthetic import AestheticConfig
 from corl_jax.models.bert import BertConfig
 from corl_jax.models.blip import BlipConfig, BlipTextConfig, BlipVisionConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
+from corl_jax.models.llama import LlamaConfig
 from corl_jax.models.magvit import MagvitConfig
 from corl_jax.models.mask2former import Mask2FormerConfig
-from corl_jax.models.llama import LlamaConfig
 from corl_jax.models.phi import PhiConfig
 from corl_jax.models.sd_vae import SdVaeConfig
 from corl_jax.models.siglip import SiglipConfig
