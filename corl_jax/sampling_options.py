@@ -6,9 +6,12 @@ import argparse
 import numbers
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corl_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from corl_jax.policies.family import Family
 
 DEFAULTS: dict[str, Any] = {
     "cfg_scale": 5.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 512,
@@ -20,6 +23,11 @@ A family may have others, see `policies.family.Family.defaults`.
 """
 LARGEST = sys.float_info.max
 HARMLESS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # values that change no distribution
+
+
+def get_cfg_scale(family: Family) -> float:
+    """Returns the guidance of a family's images where nobody states one."""
+    return {**DEFAULTS, **family.defaults}["cfg_scale"]
 
 
 def describe_default(name: str) -> str:

@@ -233,6 +233,11 @@ def find_unused_options(config: Config) -> list[str]:
     return lines
 
 
+def has_reader(config: Config, key: str) -> bool:
+    """Returns whether the run of a config reads an option."""
+    return _find_missing_reader(config, key) is None
+
+
 def _find_missing_reader(config: Config, key: str) -> str | None:
     for reader in READERS:
         # An option may match several rows: one reader that is missing is enough.

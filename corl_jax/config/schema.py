@@ -97,8 +97,10 @@ class Rollout(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = option(
         1.0, "Text is sampled from the most likely tokens with this total probability."
     )
-    cfg_scale: NonNegativeFloat = option(
-        5.0, "Scale of classifier-free guidance of images. 1: no guidance. [P]"
+    cfg_scale: NonNegativeFloat | None = option(
+        None,
+        "Scale of classifier-free guidance of images. 1: no guidance. null: the model's own, 2 of "
+        "a JanusFlow, 5 of all others. [P]",
     )
     image_window: Positive = option(
         1,

@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING, Any
 from corl_jax.errors import InputError, Problems
 from corl_jax.inference import DTYPES, MAX_SEED, check_number, find_unread_image_options
 from corl_jax.input_files import parse_path, parse_place
-from corl_jax.sampling_options import find_temperature_problems, spell_option
+from corl_jax.sampling_options import (
+    DEFAULTS,
+    find_temperature_problems,
+    get_cfg_scale,
+    spell_option,
+)
 
 if TYPE_CHECKING:
     from corl_jax.evaluation.writers.writer import ImageFile, PromptList, Writer
     from corl_jax.policies import PolicyFiles
 
 # The setting of the public script that measures Janus-Pro-1B at 0.725 on GenEval.
-SEED, CFG_SCALE, TEMPERATURE = 20, 5.0, 1.0
+SEED, TEMPERATURE = 20, 1.0
 IMAGES_AT_ONCE = 64  # on each shard of the batch; docs/measured/performance.md has their speed
 BYTES_PER_PIXEL = 2.0  # of a PNG: 0.25 MB at 384 x 384 is 1.7, without compression it is 3
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -38,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, needs_prompts: bool = True
         help="images of each prompt (default: as the harness expects)")  # fmt: skip
     add("--rows", type=int, metavar="N", help="draw only the first N prompts (default: all)")
     add("--seed", type=int, default=SEED, help="seed of all images (default %(default)s)")
-    add("--cfg-scale", type=float, default=CFG_SCALE,
-        help="scale of guidance; 1: none (default %(default)g for every checkpoint)")  # fmt: skip
+    add("--cfg-scale", type=float,
+        help=f"scale of guidance; 1: none (default {DEFAULTS['cfg_scale']:g} for every checkpoint, "
+        "2 for a JanusFlow)")  # fmt: skip
     add("--temperature", type=float, default=TEMPERATURE,
         help="divides the logits (default %(default)g for every checkpoint)")  # fmt: skip
     add("--roles", metavar="pro|old",
@@ -201,6 +207,8 @@ def check_model(
         model = inspect_policy(args.model)
     if model is None:
         return None, described
+    if args.cfg_scale is None:
+        args.cfg_scale = get_cfg_scale(model.family)
     chosen = argparse.Namespace(
         image_steps=None, temperature=args.temperature, greedy=False, think=False
     )

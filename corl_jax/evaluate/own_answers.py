@@ -142,10 +142,7 @@ def find_option_problems(args: argparse.Namespace) -> list[str]:
             "--prompts, --images: expected one of them: prompts to draw, or images that exist"
         )
     if args.images is not None:
-        defaults = argparse.Namespace(
-            seed=draw_options.SEED, cfg_scale=draw_options.CFG_SCALE,
-            temperature=draw_options.TEMPERATURE,
-        )  # fmt: skip
+        defaults = argparse.Namespace(seed=draw_options.SEED, temperature=draw_options.TEMPERATURE)
         problems.add(
             f"{spell_option(name)}: has no effect on --images; leave it out"
             for name in DRAWING_OPTIONS

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from corl_jax.devices.mesh import constrain
 from corl_jax.models import layers
 from corl_jax.models.layers import Remat, make_linear
 
@@ -84,7 +85,10 @@ class GlobalResponseNorm(nnx.Module):
 
 @jax.custom_vjp
 def convolve_depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolves each channel of maps x [N, H, W, C] with a kernel [K, K, 1, C] of its own, K odd."""
+    """Convolves each channel of maps x [N, H, W, C] with a kernel [K, K, 1, C] of its own.
+
+    K is odd.
+    """
     # One fused sum: XLA's own convolution of single channels takes 10 times as long on a CPU.
     size, (height, width) = len(kernel), x.shape[1:3]
     padded, weights = _pad_margins(x, size), kernel.astype(jnp.float32)
@@ -152,7 +156,10 @@ class ConvNextBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """Computes maps [N, H, W, C] of maps x and conditions [N, condition_width]."""
-        h = jax.nn.gelu(self.fc1(self.norm(self.depthwise(x))), approximate=False)
+        # Otherwise XLA splits a map over devices, and sends its borders for each entry of a kernel.
+        x = constrain(x, "batch", None, None, None)
+        h = self.fc1(self.norm(constrain(self.depthwise(x), "batch", None, None, None)))
+        h = constrain(jax.nn.gelu(h, approximate=False), "batch", None, None, "mlp")
         x = x + self.fc2(self.response_norm(h))
         # Behind the residual: the condition scales the sum, not the branch alone.
         scale, shift = jnp.split(self.film(jax.nn.silu(condition))[:, None, None], 2, axis=-1)

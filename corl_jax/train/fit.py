@@ -8,6 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from corl_jax.config.readers import has_reader
 from corl_jax.config.schema import Config
 from corl_jax.devices import batches
 from corl_jax.devices.mesh import find_layout_problems
@@ -18,6 +19,7 @@ from corl_jax.params import leaf_paths, partition
 from corl_jax.policies.family import Family, Limits
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import list_place_problems
+from corl_jax.sampling_options import get_cfg_scale
 from corl_jax.tasks import choose_tasks, image_tasks, plan_tasks
 from corl_jax.train import attending, sft
 from corl_jax.train.optimizer import is_in_group
@@ -48,6 +50,17 @@ def choose_layout(config: Config, family: Family) -> Config:
         return config
     export = config.export.model_copy(update={"layout": family.kind.usual_layout})
     return config.model_copy(update={"export": export})
+
+
+def choose_guidance(config: Config, family: Family) -> Config:
+    """Returns the config with the family's own guidance of images where it states none.
+
+    Where nothing reads it, it stays null.
+    """
+    if config.rollout.cfg_scale is not None or not has_reader(config, "rollout.cfg_scale"):
+        return config
+    rollout = config.rollout.model_copy(update={"cfg_scale": get_cfg_scale(family)})
+    return config.model_copy(update={"rollout": rollout})
 
 
 def add_parts(config: Config, family: Family, sizes: Sizes) -> Sizes:

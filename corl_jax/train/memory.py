@@ -215,8 +215,9 @@ def _count_cache(plan: RunOutline, turn: Turn, prompt: int, *, is_shared: bool) 
     """
     config, limits = plan.config, plan.limits
     prompts = config.rollout.batch_prompts or config.train.prompts_per_step
-    if turn.segments[-1] == CODES and config.rollout.cfg_scale != 1:
-        prompts *= 2  # guidance decodes a second row without the prompt
+    # Guidance decodes a second row without the prompt; that of denoising has two tokens.
+    if turn.segments[-1] == CODES and config.rollout.cfg_scale != 1 and not plan.family.denoises:
+        prompts *= 2
     group = config.rollout.group_size + RECIPES[config.algorithm.name].uses_greedy
     cached = [kind for kind in turn.segments if kind != CODES or limits.caches_codes]
     completion = sum(get_segment_length(plan, kind) for kind in cached)
@@ -265,39 +266,49 @@ def get_segment_length(plan: RunOutline, kind: str) -> int:
     return {TEXT: plan.config.rollout.max_new_tokens, CODES: plan.limits.image_tokens}[kind]
 
 
-def _count_read_tokens(plan: RunOutline, turn: Turn) -> int:
-    """Counts the tokens of a turn's longest completion that an update reads; its plan once."""
-    *plans, last = (get_segment_length(plan, kind) for kind in turn.segments)
-    return sum(plans) + _count_trained_steps(plan, turn) * last
+def _is_denoised(plan: RunOutline, turn: Turn) -> bool:
+    """Returns whether an update scores the steps of images that are made by denoising."""
+    return plan.family.denoises and turn.segments[-1] == CODES and plan.stage.compares
 
 
-def _count_trained_steps(plan: RunOutline, turn: Turn) -> int:
-    """Counts how often an update reads the last segment of a turn.
-
-    An image that is made by denoising is read at each of its trained steps, and once if it is data.
-    """
-    if not plan.family.denoises or turn.segments[-1] != CODES or not plan.stage.compares:
+def _count_branches(plan: RunOutline, turn: Turn) -> int:
+    """Counts how often an update reads a completion: images with guidance twice."""
+    if turn.segments[-1] != CODES or not plan.stage.samples:
         return 1
-    return plan.config.denoising.window or plan.config.denoising.steps
-
-
-def _is_guided(plan: RunOutline, turn: Turn) -> bool:
-    """Returns whether an update reads an image with its prompt and without it."""
-    if turn.segments[-1] != CODES:
-        return False
     # The steps of denoising are scored with the guidance that drew them, whatever the option says.
     if plan.family.denoises:
-        return plan.config.rollout.cfg_scale != 1
-    return plan.config.algorithm.image_logprobs == "guided"
+        return 1 + (plan.config.rollout.cfg_scale != 1)
+    return 1 + (plan.config.algorithm.image_logprobs == "guided")
 
 
-def _count_update_rows(plan: RunOutline, turn: Turn) -> int:
-    """Counts the rows of one micro-batch on all devices; guided log-probs need two per image."""
-    config = plan.config
-    if not plan.stage.samples:
-        return config.train.micro_batch or config.train.prompts_per_step
-    rows = (config.train.micro_batch or config.train.prompts_per_step) * config.rollout.group_size
-    return rows * (1 + _is_guided(plan, turn))
+def _count_update_prompts(plan: RunOutline) -> int:
+    """Counts the prompts of one micro-batch on all devices."""
+    return plan.config.train.micro_batch or plan.config.train.prompts_per_step
+
+
+def _count_update_rows(plan: RunOutline) -> int:
+    """Counts the completions of one micro-batch on all devices."""
+    return _count_update_prompts(plan) * (
+        plan.config.rollout.group_size if plan.stage.samples else 1
+    )
+
+
+def _count_step_rows(plan: RunOutline) -> int:
+    """Counts the trained steps of the images of one micro-batch, each of which is read."""
+    denoising = plan.config.denoising
+    return _count_update_rows(plan) * (denoising.window or denoising.steps)
+
+
+def _count_read_tokens(plan: RunOutline, turn: Turn, prompt: int) -> int:
+    """Counts the tokens that the update of one micro-batch reads on all devices."""
+    tokens, rows = count_turn_tokens(plan, turn), _count_update_rows(plan)
+    branches = _count_branches(plan, turn)
+    if not _is_denoised(plan, turn):
+        return rows * branches * (prompt + tokens)
+    # Steps are read behind prompts that are read once; without the prompt, behind two tokens.
+    image = plan.limits.image_tokens
+    read = _count_step_rows(plan) * branches * image + rows * (tokens - image)
+    return _count_update_prompts(plan) * prompt + read
 
 
 def _count_activations(plan: RunOutline, turn: Turn, prompt: int) -> int:
@@ -305,9 +316,8 @@ def _count_activations(plan: RunOutline, turn: Turn, prompt: int) -> int:
     limits = plan.limits
     wide = 3 * limits.inner_width + 4 * limits.width
     inner_numbers = {"full": 0, "dots": wide, "none": 2 * wide}[plan.config.model.remat]
-    length = prompt + _count_read_tokens(plan, turn)
-    numbers = length * limits.layers * (limits.width + inner_numbers)
-    return _count_update_rows(plan, turn) * numbers // num_batch_shards(plan.mesh)
+    numbers = _count_read_tokens(plan, turn, prompt) * limits.layers
+    return numbers * (limits.width + inner_numbers) // num_batch_shards(plan.mesh)
 
 
 def _writes_scores(plan: RunOutline) -> bool:
@@ -319,13 +329,14 @@ def _count_scores(plan: RunOutline, turn: Turn, prompt: int) -> int:
     """Counts the attention scores that `xla` writes out: of one layer, with remat `none` of all."""
     if not _writes_scores(plan):
         return 0
-    limits = plan.limits
-    layers = limits.layers if plan.config.model.remat == "none" else 1
-    numbers = layers * limits.heads * (prompt + count_turn_tokens(plan, turn)) ** 2
-    # Each step sees the prompt and its own tokens alone.
-    numbers *= _count_trained_steps(plan, turn)
-    return (
-        _count_update_rows(plan, turn)
-        * numbers
-        // (num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"])
-    )
+    limits, tokens = plan.limits, count_turn_tokens(plan, turn)
+    keeps_all = plan.config.model.remat == "none"
+    branches = _count_branches(plan, turn)
+    if _is_denoised(plan, turn):
+        # Each step sees the prompt and its own tokens alone. One branch follows the other.
+        pairs = _count_update_prompts(plan) * prompt**2
+        pairs += _count_step_rows(plan) * tokens * (prompt + tokens) * (branches**keeps_all)
+    else:
+        pairs = _count_update_rows(plan) * branches * (prompt + tokens) ** 2
+    numbers = pairs * limits.heads * (limits.layers if keeps_all else 1)
+    return numbers // (num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"])

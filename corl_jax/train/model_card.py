@@ -160,7 +160,7 @@ def _describe_training(config: Config, run: Run, step: int) -> str:
             ("advantages", f"{algorithm.advantages}, `mm2t_weight` {algorithm.mm2t_weight:g}"),
             ("KL penalty", f"{algorithm.kl_coef:g}"),
         ]
-    if facts.has_rollouts:
+    if facts.has_rollouts and rollout.cfg_scale is not None:
         rows.append(("guidance of images", f"{rollout.cfg_scale:g}"))
     parts.append(make_table(("", ""), rows))
     if facts.has_rollouts:

@@ -118,7 +118,7 @@ def outline_run(
     Raises:
         InputError: mesh, batch, lengths or trained parameters do not fit one another.
     """
-    problems = Problems()
+    config, problems = fit.choose_guidance(config, family), Problems()
     problems.add(find_table_problems(config))
     mesh = problems.attempt(
         make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices
@@ -160,7 +160,7 @@ def resolve_run(config: Config) -> ResolvedRun:
         problems.add(_find_scorer_problems(rewards.networks, mesh))
     sizes = loaders = evaluations = None
     if model:
-        config = fit.choose_layout(config, model.family)
+        config = fit.choose_guidance(fit.choose_layout(config, model.family), model.family)
         missing = find_missing_abilities(config, stage, model.family, model.sizes)
         problems.add([*missing, *_find_own_scorer_problems(config, rewards.used, model)])
         problems.add(find_denoising_problems(config, stage, model.family))

@@ -43,7 +43,7 @@ def problems(path, *overrides):
 
 def test_defaults_are_the_papers_and_the_config_is_frozen(write):
     loaded = config_files.load(write(MINIMAL))
-    assert loaded.rollout.group_size == 8 and loaded.rollout.cfg_scale == 5.0
+    assert loaded.rollout.group_size == 8 and loaded.rollout.cfg_scale is None
     assert loaded.algorithm.mm2t_weight == 0.8 and loaded.optimizer.learning_rate == 4e-6
     with pytest.raises(ValueError, match="frozen"):
         loaded.seed = 1

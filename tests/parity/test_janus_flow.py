@@ -207,4 +207,6 @@ def test_a_depthwise_convolution_is_that_of_xla(dtype):
             compute(uvit.convolve_depthwise), compute(convolve_plainly), strict=True
         ):
             assert found.dtype == dtype
-            np.testing.assert_allclose(*(y.astype(np.float32) for y in (found, expected)), atol=atol)
+            np.testing.assert_allclose(
+                *(y.astype(np.float32) for y in (found, expected)), atol=atol
+            )

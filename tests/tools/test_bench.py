@@ -23,6 +23,7 @@ from corl_jax.models.lora import Lora
 from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.vq import VQConfig
 from corl_jax.policies import decoding
+from corl_jax.policies.denoising import STEPS, take_step_transitions
 from corl_jax.policies.janus import network as janus_network
 from corl_jax.policies.janus import sampling
 from corl_jax.policies.janus.network import JanusConfig
@@ -31,7 +32,7 @@ from corl_jax.rewards import captions, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY
 from corl_jax.rewards.samples import Network
-from corl_jax.tasks import CODES, TEXT
+from corl_jax.tasks import CODES, LATENTS, TEXT
 from corl_jax.types import Segment
 from corl_jax.weights.layouts import KINDS
 from tests.support import show_o_masks
@@ -61,7 +62,7 @@ from tools.bench.cost import (
 )
 from tools.bench.families import describe_janus
 from tools.bench.setting import Setting
-from tools.bench.sizes import PARTS, SHOW_O_PARTS, SIZES
+from tools.bench.sizes import JANUS_FLOW_PARTS, PARTS, SHOW_O_PARTS, SIZES
 from tools.bench.timing import Record, Timing
 
 PROMPTS, GROUP = 2, 2
@@ -378,6 +379,14 @@ def test_calls_with_the_same_bits_are_told_from_others(monkeypatch, capsys):
         (["--parts", "layouts"], "--parts: found layouts; give --mesh fsdp=N"),
         (["--parts", "forward"], "--parts: found forward, which no janus has"),
         (["--size", "show-o-tiny", "--parts", "rewards,vq"], "found rewards, which no show_o has"),
+        (
+            ["--size", "janus-flow-tiny", "--parts", "correctness"],
+            "found correctness, which no janus_flow has",
+        ),
+        (
+            ["--size", "janus-flow-tiny", "--parts", "text", "--peer", "transformers"],
+            "--peer: --parts names none of image,unguided,train_image",
+        ),
         (["--mesh", "data=64", "--prompts", "64"], "asks for 64 devices of the 8 here"),
     ],
 )
@@ -773,6 +782,63 @@ def test_masks_of_the_peer_are_those_of_a_show_o(tmp_path):
     assert (
         seen.numpy() == np.array(show_o_masks.make_question_mask(asking.numpy(), special))
     ).all()
+
+
+# ---- JanusFlow
+
+
+@SLOW
+def test_all_parts_of_a_janus_flow(tmp_path):
+    """Sampler and trainer agree, and PyTorch does the same work."""
+    out = tmp_path / "bench.jsonl"
+    tiny = ["--size", "janus-flow-tiny", *TINY[2:], "--peer", "transformers"]
+    command.main([*tiny, "--out", str(out)])
+    _, *lines = (json.loads(line) for line in out.read_text().splitlines())
+    found = {(line["part"], line["name"]): line for line in lines}
+    assert {part for part, _ in found} == {"ceiling", *JANUS_FLOW_PARTS}
+    for part in ("image", "unguided"):
+        drawing, whole = found[part, "latents"], found[part, "latents and pixels"]
+        assert drawing["steps"] == 4
+        for line in (drawing, whole):
+            assert line["images_per_s"] * line["median_s"] == pytest.approx(PROMPTS * GROUP)
+    guided, plain = (found[part, "latents"]["tflop"] for part in ("image", "unguided"))
+    assert guided == pytest.approx(2 * plain)
+    iteration = found["iteration", "rollouts and update"]
+    assert iteration["t2i_ratio_first"] < 1e-4 and iteration["mm2t_logp_difference"] < 0.05
+    for part, name in versus.OURS["janus_flow"].items():
+        theirs = "eager step" if part == "train_image" else "eager loop"
+        ours, times = found[part, name], found[part, theirs]["median_s"]
+        assert ours[f"times_{theirs.replace(' ', '_')}"] == pytest.approx(times / ours["median_s"])
+
+
+def test_work_of_a_published_janus_flow():
+    """Against what was worked out apart from this code: 1.55 TFLOP a velocity."""
+    size = SIZES["janus-flow-1.3b"]
+    image = Work("t2i", 1, 1, 0, size.limits.image_tokens)
+    assert count_drawing_operations(size.costs, image, 1) / 1e12 == pytest.approx(1.55, rel=0.03)
+    assert (size.cfg_scale, size.denoising.steps, size.denoising.window.length) == (2.0, 10, 2)
+    assert SIZES["1b"].cfg_scale == SIZES["show-o-512"].cfg_scale == 5.0
+
+
+def test_inputs_of_a_janus_flow(tmp_path):
+    """Steps that have noise go from the latents before them to those behind."""
+    size = SIZES["janus-flow-tiny"]
+    special = size.measured.write_processor(tmp_path / "words", size.policy).special
+    drawing = inputs.make_image_prompts(size, special, 3, 12)
+    assert drawing.input_ids[0, 0] == special.bos
+    assert not np.isin(drawing.input_ids, [special.boi, special.eoi]).any()
+    asking = inputs.make_questions(size, special, 3, size.text_prompt)
+    front = [special.bos, special.boi, *[special.image] * 16, special.eoi]
+    assert asking.input_ids[0, :19].tolist() == front
+    (segment,) = inputs.make_task_batch(size, special, drawing, 2, 17).segments
+    assert segment.values.shape == (6, 5, 8, 8, 4) and segment.kind == LATENTS
+    steps = segment.replay[STEPS]
+    assert (np.diff(steps) == 1).all() and steps.min() >= 0 and steps.max() <= 2
+    moves = take_step_transitions(steps, size.denoising)
+    for place, (keep, std) in enumerate(zip(moves.keep, moves.std, strict=True)):
+        row, number = place // 2, steps[place // 2, place % 2]
+        noise = (segment.values[row, number + 1] - keep * segment.values[row, number]) / std
+        assert 0.8 < noise.std() < 1.2
 
 
 # ---- gradients

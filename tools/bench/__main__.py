@@ -102,7 +102,12 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
 ALONE = ("rewards", "correctness", "gradients", "detector")  # parts for one device
 SPLIT = ("layouts",)  # parts for a mesh that splits matrices
 WITH_ADAPTERS = ("train", "iteration", "image", "text", "gradients")  # parts that --lora changes
-PASSES = ("forward", "logprobs", "unguided", "train_image")  # --lora changes these too; they are no usual parts of every size
+PASSES = (
+    "forward",
+    "logprobs",
+    "unguided",
+    "train_image",
+)  # --lora changes these too; they are no usual parts of every size
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
 

@@ -12,9 +12,9 @@ from corl_jax.models.aesthetic import AestheticConfig
 from corl_jax.models.bert import BertConfig
 from corl_jax.models.blip import BlipConfig, BlipTextConfig, BlipVisionConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
+from corl_jax.models.llama import LlamaConfig
 from corl_jax.models.magvit import MagvitConfig
 from corl_jax.models.mask2former import Mask2FormerConfig
-from corl_jax.models.llama import LlamaConfig
 from corl_jax.models.phi import PhiConfig
 from corl_jax.models.sd_vae import SdVaeConfig
 from corl_jax.models.siglip import SiglipConfig
@@ -27,6 +27,7 @@ from corl_jax.policies.janus_flow.network import PRESETS as JANUS_FLOW_PRESETS
 from corl_jax.policies.janus_flow.network import JanusFlowConfig
 from corl_jax.policies.show_o.network import PRESETS as SHOW_O_PRESETS
 from corl_jax.policies.show_o.network import ShowOConfig
+from corl_jax.sampling_options import get_cfg_scale
 from corl_jax.types import Sizes
 from tools.bench.cost import Costs
 from tools.bench.families import FAMILIES, MeasuredFamily
@@ -39,7 +40,6 @@ SHOW_O_PARTS = (
 JANUS_FLOW_PARTS = (
     "image", "unguided", "text", "vq", "logprobs", "train_image", "iteration", "gradients",
 )  # fmt: skip
-CFG_SCALE = 5.0  # of families that state no other
 WINDOW = 2  # steps of denoising that have noise and are trained
 
 
@@ -88,7 +88,7 @@ class Size:
     @property
     def cfg_scale(self) -> float:
         """The guidance of images."""
-        return self.family.defaults.get("cfg_scale", CFG_SCALE)
+        return get_cfg_scale(self.family)
 
     @property
     def denoising(self) -> Denoising:

@@ -237,8 +237,11 @@ class JanusFlow(nnx.Module):
         `first` [M] are the positions of the images in the conditional branch.
         """
         # A prompt of 5 tokens: BOS has position 0, and the image begins at position 5, not 1. The
-        # pad makes an even length, which cuDNN needs for gradients.
-        ids, seen = jnp.array([[special.pad, special.bos]]), jnp.array([[False, True]])
+        # pad makes an even length, which cuDNN needs for gradients. One row for all images would
+        # do, but a mesh splits rows as those of the prompts.
+        shape = len(first), 2
+        ids = jnp.broadcast_to(jnp.array([special.pad, special.bos]), shape)
+        seen = jnp.broadcast_to(jnp.array([False, True]), shape)
         return Prefix(self.embed_text(ids), seen, first)
 
     def velocity(

@@ -15,7 +15,6 @@ from transformers import DynamicCache
 from corl_jax.types import EncodedPrompts
 from tools.bench import inputs
 from tools.bench.peer.model import Peer
-from tools.bench.sizes import CFG_SCALE
 
 WARM_UP = 4  # tokens of the pass that is not timed
 TOP_K = 50  # transformers' default, which the reference samples answers with
@@ -90,12 +89,13 @@ def time_looped_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     structure = torch.tensor([peer.special.bos, peer.special.boi], device=ids.device)
     # Unconditional rows keep BOS and BOI; their words become padding.
     ids[1::2] = torch.where(torch.isin(ids[1::2], structure), ids[1::2], peer.special.pad)
-    return _time_images(peer, functools.partial(_sample_codes, peer.model, ids, mask.long()))
+    return _time_images(peer, functools.partial(_sample_codes, peer, ids, mask.long()))
 
 
 @torch.inference_mode()
-def _sample_codes(model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> torch.Tensor:
+def _sample_codes(peer: Peer, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> torch.Tensor:
     """Samples codes [N, steps] of prompts [2 N, P]; the first row of a pair is conditional."""
+    model = peer.model
     embeds, outputs = model.model.language_model.embed_tokens(ids), []
     cache = DynamicCache()
     for _ in range(steps):
@@ -104,7 +104,7 @@ def _sample_codes(model: Any, ids: torch.Tensor, mask: torch.Tensor, steps: int)
         ).last_hidden_state[:, -1]
         logits = model.model.generation_head(hidden)
         conditional, unconditional = logits[0::2], logits[1::2]
-        mixed = unconditional + CFG_SCALE * (conditional - unconditional)
+        mixed = unconditional + peer.size.cfg_scale * (conditional - unconditional)
         token = torch.multinomial(torch.softmax(mixed, dim=-1), 1)
         outputs.append(token)
         # Both rows of a pair go on with the token that was sampled from their mix: [a, b] -> [a, a,

@@ -56,7 +56,10 @@ class Block(nn.Module):
         margin = KERNEL_SIZE // 2
         self.depthwise = nn.Conv2d(width, width, KERNEL_SIZE, padding=margin, groups=width)
         self.norm = nn.RMSNorm(width, eps)
-        self.fc1, self.fc2 = nn.Linear(width, EXPANSION * width), nn.Linear(EXPANSION * width, width)
+        self.fc1, self.fc2 = (
+            nn.Linear(width, EXPANSION * width),
+            nn.Linear(EXPANSION * width, width),
+        )
         self.response_norm = ResponseNorm(EXPANSION * width)
         self.film = nn.Linear(condition, 2 * width)
 
@@ -85,9 +88,7 @@ class Flow(nn.Module):
         self.patches = nn.Conv2d(
             uvit.latent_channels, first, uvit.patch_size, stride=uvit.patch_size
         )
-        self.first_blocks = nn.ModuleList(
-            make_block(first) for _ in range(uvit.encoder_num_layers)
-        )
+        self.first_blocks = nn.ModuleList(make_block(first) for _ in range(uvit.encoder_num_layers))
         self.aligner = nn.Linear(first, width)
         self.norm = nn.RMSNorm(width, config.llama.rms_norm_eps)
         self.projection = nn.Linear(width, uvit.decoder_width)

@@ -24,7 +24,7 @@ from corl_jax.types import EncodedPrompts
 from tools.bench import inputs
 from tools.bench.peer.generation import make_image_prompts, make_questions
 from tools.bench.peer.model import Peer
-from tools.bench.sizes import CFG_SCALE, Size
+from tools.bench.sizes import Size
 
 Measured = tuple[list[float], dict[str, Any]]  # seconds of the calls, figures
 IMAGES_AT_ONCE = 16
@@ -115,7 +115,7 @@ def draw_codes(
     mask = make_mask(
         torch.cat([add_image(x, codes, special) for x in (ids, blank)]), special, "t2i"
     )
-    drawn, temperature, weight = codes, 1.0, CFG_SCALE - 1
+    drawn, temperature, weight = codes, 1.0, size.cfg_scale - 1
     for step in range(steps):
         both = torch.cat([add_image(x, codes, special) for x in (ids, blank)])
         conditional, unconditional = compute_logits(peer, both, mask, autocast).chunk(2)
