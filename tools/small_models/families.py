@@ -78,7 +78,7 @@ FAMILIES = {
         kind=JANUS_FLOW,
         init=_init_janus_flow,
         layout="original",
-        train_tokenizer=tokenizers.train_tokenizer,
+        train_tokenizer=tokenizers.train_janus_flow_tokenizer,
         write_tokenizer=_write_janus_tokenizer,
         make_sizes=lambda tokenizer, size: janus_flow_sizes.CONFIGS[size](
             tokenizers.count_embedding_rows(tokenizer)

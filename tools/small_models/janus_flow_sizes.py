@@ -23,7 +23,7 @@ def make_mini_config(vocab_size: int) -> JanusFlowConfig:
         uvit=UvitConfig(
             encoder_width=128, encoder_num_layers=1, decoder_width=128, decoder_num_layers=2
         ),
-        vae=SdVaeConfig(block_channels=(32, 64, 64), num_res_blocks=1),
+        vae=SdVaeConfig(block_channels=(32, 64, 64), num_res_blocks=1, norm_groups=8),
     )
 
 

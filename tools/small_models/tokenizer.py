@@ -25,6 +25,7 @@ from corl_jax.data import instructions
 from corl_jax.data.drawn_world import generator
 from corl_jax.policies.janus.checkpoint.assets import ORIGINAL_SPECIALS
 from corl_jax.policies.janus.tokens import STRINGS
+from corl_jax.policies.janus_flow.prompts import SYSTEM_PROMPT
 from corl_jax.policies.show_o import tokens as show_o_tokens
 
 BOS = STRINGS["bos"]
@@ -69,9 +70,12 @@ def train_pieces(corpus: Iterable[str], most: int) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(seed: int = 0, world: str = "full") -> Tokenizer:
-    """Trains the tokenizer of a Janus on the train split of the seed in a drawn world."""
-    corpus = yield_corpus(seed, world=world)
+def train_tokenizer(seed: int = 0, world: str = "full", more: Iterable[str] = ()) -> Tokenizer:
+    """Trains the tokenizer of a Janus on the train split of the seed in a drawn world.
+
+    `more` are texts beside it.
+    """
+    corpus = [*more, *yield_corpus(seed, world=world)]
     tokenizer = train_pieces(corpus, MAX_VOCABULARY - len(SPECIAL_TOKENS))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     bos = (BOS, tokenizer.token_to_id(BOS))
@@ -79,6 +83,11 @@ def train_tokenizer(seed: int = 0, world: str = "full") -> Tokenizer:
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[bos]
     )
     return tokenizer
+
+
+def train_janus_flow_tokenizer(seed: int = 0, world: str = "full") -> Tokenizer:
+    """Trains the tokenizer of a JanusFlow: that of a Janus, with the words before each question."""
+    return train_tokenizer(seed, world, [SYSTEM_PROMPT])
 
 
 def train_show_o_tokenizer(seed: int = 0, world: str = "full") -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from corl_jax.models import modules
 from corl_jax.models.sd_vae import SdVae
 from corl_jax.policies import load_policy
+from corl_jax.policies.janus_flow.prompts import SYSTEM_PROMPT
 from corl_jax.policies.janus_flow.tokenizer_training import make_key, vae_loss
 from tests.policies.janus_flow.test_janus_flow_training import run
 from tests.support import tiny_flow, tiny_runs, tiny_vae
@@ -108,3 +110,5 @@ def test_the_start_of_a_nano_is_a_janus_flow_whose_parts_fit(tmp_path):
     ids = start.processor.t2i_ids(text)
     assert ids[0] == start.processor.special.bos
     assert start.processor.decode(start.processor.answer_ids(text)) == text
+    words = re.findall(r"\w+|[.,]", SYSTEM_PROMPT)
+    assert len(start.processor.answer_ids(SYSTEM_PROMPT)) == len(words), "each is one token"
