@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,10 +19,12 @@ from corl_jax.data.drawn_world.language import write_caption
 from corl_jax.data.drawn_world.scene import WORLDS, choose_world, sample_spec
 from corl_jax.policies import Model, jacobi, load_policy
 from corl_jax.policies.choices import sample_keys
+from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.jacobi import WindowState, draw_in_windows, make_pass
 from corl_jax.policies.janus import sampling
 from corl_jax.tasks import IMAGE_GENERATION
-from corl_jax.types import EncodedPrompts
+from corl_jax.types import EncodedPrompts, Segment
+from tools.bench.correctness import measure_difference
 from tools.bench.generation import CFG_SCALE, make_keys, make_prompts, make_samplers
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
@@ -84,17 +87,22 @@ def measure_acceptance(setting: Setting) -> Iterator[Record]:
     """Measures how many codes a pass makes final in the shipped models, which are trained.
 
     `codes_per_pass` is the mean over all images, `codes_per_loop` that of the loop, which ends with
-    its slowest image. Images are drawn in float32 for captions of the drawn world.
+    its slowest image. `difference_max` is the largest one of recorded log-probs and the trainer's.
+    Images are drawn for captions of the drawn world, on a CPU in float32.
     """
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else COMPUTE
     for name in TRAINED:
-        model = load_policy(SHIPPED[name], dtype=jnp.float32)
+        model = load_policy(SHIPPED[name], dtype=dtype)
         length = model.family.limits(model.sizes).image_tokens
         prompts = encode_captions(model, setting.prompts)
         for scale in SCALES:
-            for window in (w for w in setting.windows if 1 < w <= length):
-                passes = count_passes(model, prompts, setting.group, scale, window)
-                means = {"pass": passes.mean(), "loop": passes.max()}
-                figures = {f"codes_per_{name}": length / count for name, count in means.items()}
+            for window in (w for w in setting.windows if w <= length):
+                drawn, passes = draw_images(model, prompts, setting.group, scale, window, dtype)
+                figures = {
+                    "codes_per_pass": length / passes.mean(),
+                    "codes_per_loop": length / passes.max(),
+                    **measure_difference(drawn.logprobs, score_images(model, prompts, drawn)),
+                }
                 label = f"{name}, guidance {scale:g}, {window} codes"
                 yield Record("acceptance", label, None, figures)
 
@@ -108,10 +116,10 @@ def encode_captions(model: Model, count: int) -> EncodedPrompts:
     return model.processor.encode(kind, ids)
 
 
-def count_passes(
-    model: Model, prompts: EncodedPrompts, group: int, scale: float, window: int
-) -> np.ndarray:
-    """Returns the passes [N] of images, the prefill, which draws the first code, included."""
+def draw_images(
+    model: Model, prompts: EncodedPrompts, group: int, scale: float, window: int, dtype: Any
+) -> tuple[Segment, np.ndarray]:
+    """Returns images, and the passes [N] of each, the prefill, which gives one code, included."""
     counts: list[np.ndarray] = []
 
     def draw_and_count(*arguments: Any) -> WindowState:
@@ -123,9 +131,24 @@ def count_passes(
     with replace_loop(draw_and_count):
         drawn = sampling.sample_images(
             model.sizes, model.params, prompts, keys, special=model.processor.special,
-            cfg_scale=scale, window=window, dtype=jnp.float32,
+            cfg_scale=scale, window=window, dtype=dtype,
         )  # fmt: skip
         jax.block_until_ready(drawn.values)
         jax.effects_barrier()
-    (passes,) = counts
-    return passes + 1
+    # Code by code there is no loop of windows, and a pass for each code.
+    passes = counts[0] + 1 if counts else np.full(len(keys), drawn.values.shape[1])
+    return drawn, passes
+
+
+def score_images(model: Model, prompts: EncodedPrompts, drawn: Segment) -> jax.Array:
+    """Returns the log-probs [N, T] of images as the trainer computes them."""
+    options = LogprobOptions(model.processor.special, remat="none")
+    program = model.family.turns[IMAGE_GENERATION.turn_kinds]
+
+    @jax.jit
+    def score(params: Any, codes: jax.Array) -> jax.Array:
+        segment = dataclasses.replace(drawn, values=codes)
+        ((logprobs, _),) = program.logprobs(model.sizes, params, prompts, (segment,), options)
+        return logprobs
+
+    return score(model.params, drawn.values)
