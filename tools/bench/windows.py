@@ -148,7 +148,7 @@ def score_images(model: Model, prompts: EncodedPrompts, drawn: Segment) -> jax.A
     @jax.jit
     def score(params: Any, codes: jax.Array) -> jax.Array:
         segment = dataclasses.replace(drawn, values=codes)
-        ((logprobs, _),) = program.logprobs(model.sizes, params, prompts, (segment,), options)
-        return logprobs
+        (scores,) = program.logprobs(model.sizes, params, prompts, (segment,), options)
+        return scores[0]
 
     return score(model.params, drawn.values)
