@@ -53,19 +53,25 @@ def draw_in_windows(
     A pass reads `window` codes of each row: the last final one, and guesses behind it. Rows go on
     at their own pace, until all have `length` codes.
     """
+    return lax.while_loop(
+        lambda state: (state.count < length).any(),
+        lambda state: make_pass(draw, read, state, length, window),
+        start_windows(first, length, window, caches),
+    )
+
+
+def start_windows(
+    first: tuple[jax.Array, jax.Array], length: int, window: int, caches: Any
+) -> WindowState:
+    """Returns the state before the first pass: every guess is the first code again."""
     code, logprob = first
     room = (len(code), length + 2 * window)
-    state = WindowState(
+    return WindowState(
         count=jnp.ones_like(code),
         passes=jnp.zeros_like(code),
         codes=jnp.broadcast_to(code[:, None], room),
         logprobs=jnp.broadcast_to(logprob[:, None], room),
         caches=caches,
-    )
-    return lax.while_loop(
-        lambda state: (state.count < length).any(),
-        lambda state: make_pass(draw, read, state, length, window),
-        state,
     )
 
 

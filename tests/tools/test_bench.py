@@ -50,6 +50,7 @@ from tools.bench import (
     training,
     versus,
     vocabularies,
+    windows,
 )
 from tools.bench.ceilings import Ceilings
 from tools.bench.cost import (
@@ -907,3 +908,26 @@ def test_a_start_that_fails_says_why(tmp_path, capsys):
     config = start.write_config(tmp_path, "tiny", [])
     with pytest.raises(InputError, match=r"(?s)no step was made.*model: no such directory"):
         start.time_first_step(config, tmp_path / "run", {})
+
+
+@SLOW
+def test_windows_of_codes_are_measured(tmp_path):
+    """The time of their passes, and what the shipped nano draws in one."""
+    out = tmp_path / "bench.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "TRAINED", ("nano",))
+        command.main(
+            [*TINY, "--parts", "windows,acceptance", "--windows", "1,4", "--out", str(out)]
+        )
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    passes = {line["name"]: line for line in lines if line.get("part") == "windows"}
+    assert passes["passes of 1 codes"]["break_even"] == 1
+    assert passes["passes of 4 codes"]["ms_per_pass"] > 0
+    for scale in (5, 1):
+        single, four = (
+            next(line for line in lines if line.get("name") == f"nano, guidance {scale}, {n} codes")
+            for n in (1, 4)
+        )
+        assert single["codes_per_pass"] == single["codes_per_loop"] == 1
+        assert 1 < four["codes_per_loop"] <= four["codes_per_pass"] <= 4
+        assert max(single["difference_max"], four["difference_max"]) < 1e-3

@@ -13,6 +13,7 @@ from corl_jax.config.readers import find_unused_options
 from corl_jax.config.schema import Config
 from corl_jax.train import __main__ as command
 from corl_jax.train import build, resolve
+from corl_jax.train.fit import find_window_problems
 from corl_jax.train.recipe_options import (
     complete_algorithm,
     find_algorithm_problems,
@@ -37,6 +38,31 @@ def make_config(name="grpo", group_size=8, prompts_per_step=4, **algorithm) -> C
             "algorithm": {"name": name} | algorithm,
         }
     )  # fmt: skip
+
+
+# ---- windows of image codes
+
+
+@pytest.mark.parametrize(
+    ("family", "window", "problem"),
+    [
+        ("janus", 1, None), ("show_o", 1, None), ("janus", 576, None),
+        ("janus", 577, "found 577, but an image has 576 codes; expected at most as many; lower it"),
+        *(
+            (name, 2, f"found 2, but a {name} does not draw the codes of an image in windows; set "
+             "it to 1")
+            for name in ("show_o", "janus_flow")
+        ),
+    ],
+)  # fmt: skip
+def test_windows_need_codes_in_order_and_no_more_than_an_image_has(family, window, problem):
+    config, family = make_config(), policies.FAMILIES[family]
+    config = config.model_copy(
+        update={"rollout": config.rollout.model_copy(update={"image_window": window})}
+    )
+    limits = family.limits(next(iter(family.presets.values())))
+    expected = [f"rollout.image_window: {problem}"] if problem else []
+    assert find_window_problems(config, family, limits) == expected
 
 
 # ---- denoising

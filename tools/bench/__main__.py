@@ -14,8 +14,9 @@ and logprobs. Of JanusFlow, without rewards, correctness and train, also unguide
 guidance), logprobs and train_image (an optimizer step on images alone). Only if named: these parts
 of the other sizes, bits (does each call give the same bits),
 self_qa, self_sft and self_sft_through (one optimizer step on own images), detector (GenEval's, in
-images/s), builds (the image sampler with each set of compiler options) and, on a mesh with fsdp,
-layouts (decoding with matrices gathered, and split as in training).
+images/s), builds (the image sampler with each set of compiler options), windows (passes that read
+several image codes), acceptance (how many of them the shipped models draw in a pass) and, on a mesh
+with fsdp, layouts (decoding with matrices gathered, and split as in training).
 
 Compute is bfloat16; training keeps float32. Each time is the median of --repeats calls after one
 that compiles, on the host, until the results are there; `compile` is how much longer the first
@@ -74,6 +75,7 @@ from tools.bench import (
     scoring,
     training,
     versus,
+    windows,
 )
 from tools.bench.ceilings import measure_ceilings
 from tools.bench.setting import COMPUTE, Setting
@@ -97,9 +99,11 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "builds": builds.measure_builds,
     "layouts": layouts.measure_layouts,
     "detector": detector.measure_detector,
+    "windows": windows.measure_windows,
+    "acceptance": windows.measure_acceptance,
     **own_images.RUNS,
 }
-ALONE = ("rewards", "correctness", "gradients", "detector")  # parts for one device
+ALONE = ("rewards", "correctness", "gradients", "detector", "acceptance")  # parts for one device
 SPLIT = ("layouts",)  # parts for a mesh that splits matrices
 WITH_ADAPTERS = ("train", "iteration", "image", "text", "gradients")  # parts that --lora changes
 PASSES = (
@@ -130,6 +134,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="AXIS=N,...",
         help=f"devices along data, fsdp and tensor; not for {', '.join(ALONE)}",
     )
+    parser.add_argument(
+        "--windows", default="1,2,4,8,16,32", metavar="N,...",
+        help="windows, acceptance: image codes that a pass reads (default: 1,2,4,8,16,32)",
+    )  # fmt: skip
     parser.add_argument(
         "--trace",
         type=parse_path,
@@ -202,6 +210,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         problems.append(
             f"--micro-batch: found {args.micro_batch}, which does not divide {args.prompts} prompts"
         )
+    if not all(x.isdecimal() and int(x) for x in args.windows.split(",")):
+        problems.append(f"--windows: found {args.windows}, expected numbers from 1: 1,4,8")
     size = SIZES[args.size]
     problems += [
         f"--parts: found {part}, which no {size.model} has"
@@ -326,7 +336,8 @@ def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list
             micro_batch=args.micro_batch, remat=args.remat, attention=attention,
             pixel_dtype=jnp.dtype(args.pixel_dtype), offload=args.offload, folder=Path(folder),
             processor=size.measured.write_processor(Path(folder) / "policy", size.policy),
-            mesh=mesh, ceilings=rates, trace=args.trace,
+            mesh=mesh, ceilings=rates, windows=tuple(map(int, args.windows.split(","))),
+            trace=args.trace,
         )  # fmt: skip
         if args.lora:
             setting = dataclasses.replace(setting, size=add_adapters(size, args.lora))

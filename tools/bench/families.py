@@ -173,7 +173,7 @@ FAMILIES = {
     "show_o": MeasuredFamily(
         SHOW_O, _make_show_o_frame, _count_show_o_words, _count_show_o_codes, describe_show_o,
         write_show_o_processor, show_o_sampling, _count_show_o_steps,
-        lacks=("rewards",),
+        lacks=("rewards", "windows", "acceptance"),
     ),
     # Its rewards cost what they cost a Janus; its choices are no tokens that can be compared.
     "janus_flow": MeasuredFamily(

@@ -43,6 +43,7 @@ class Setting:
     processor: Any  # of the policy, with a small tokenizer
     mesh: Mesh
     ceilings: Ceilings  # of one device
+    windows: tuple[int, ...] = (1,)  # image codes that a pass reads, of windows and acceptance
     trace: Path | None = None  # folder for a profile of one call of each thing
 
     @property

@@ -565,20 +565,24 @@ def lowered(config, program: str, rows: int, length: int, group: int, **options)
     )
 
 
-@pytest.mark.parametrize("program", ["image_program", "text_program"])
-def test_memory_is_one_cache_and_little_more(wide_config, program, copied):
+@pytest.mark.parametrize(
+    ("program", "window"), [("image_program", 1), ("image_program", 4), ("text_program", 1)]
+)
+def test_memory_is_one_cache_and_little_more(wide_config, program, window, copied):
     """Extended in place: no second copy of the cache beside the one that the loop carries."""
     rows, length, group = 4, 16, 16
-    options = IMAGE_OPTIONS if program == "image_program" else TEXT_OPTIONS
+    options = IMAGE_OPTIONS | {"window": window} if program == "image_program" else TEXT_OPTIONS
     compiled = lowered(wide_config, program, rows, length, group, **options).compile()
     llama, rows = wide_config.llama, rows * (1 + (program == "image_program"))
     token = 2 * 4 * llama.num_kv_heads * llama.head_dim  # bytes of keys and values a layer
-    layer = token * rows * group * (256 + copied * length)
+    layer = token * rows * group * (256 + window - 1 + copied * length)
     found = compiled.memory_analysis().temp_size_in_bytes
     print(f"{program}: {found / 2**20:.1f} MiB, caches {llama.num_layers * layer / 2**20:.1f} MiB")
     # One layer's keys and values are transposed for the CPU's matrix products. Prompts' keys
-    # and values: as they come from the prefill, and a layer each.
+    # and values: as they come from the prefill, and a layer each. A window has more scores.
     assert (
         found
-        < (llama.num_layers + 1.1) * layer + 2 * llama.num_layers * token * rows * length + 2**20
+        < (llama.num_layers + 1.1) * layer
+        + 2 * llama.num_layers * token * rows * length
+        + window * 2**20
     )

@@ -315,3 +315,9 @@ def test_data_parallel_decoding_needs_no_communication(config, params, prompts):
     # Whether all texts have ended is the one thing that devices tell each other.
     moved = [line for line in text.splitlines() if " all-gather(" in line or " all-to-all(" in line]
     assert not moved and text.count(" all-reduce(") <= 1
+
+
+def test_windows_of_codes_change_no_image(config, params, prompts, drawn):
+    """Images begin at other places of their completions, behind plans of other lengths."""
+    windows = sample(config, params, prompts, keys_of(range(len(PADDING))), image_window=4)
+    assert_same_samples(windows, drawn)
