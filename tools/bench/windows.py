@@ -25,14 +25,14 @@ from corl_jax.policies.janus import sampling
 from corl_jax.tasks import IMAGE_GENERATION
 from corl_jax.types import EncodedPrompts, Segment
 from tools.bench.correctness import measure_difference
-from tools.bench.generation import CFG_SCALE, make_keys, make_prompts, make_samplers
+from tools.bench.generation import make_keys, make_prompts, make_samplers
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 
 PASSES = 96
 """Passes that are measured of an image that is half complete; their mean has its mean length."""
 TRAINED = ("nano", "mini")
-SCALES = (CFG_SCALE, 1.0)
+SCALES = (5.0, 1.0)
 
 
 def measure_windows(setting: Setting) -> Iterator[Record]:
