@@ -25,9 +25,9 @@ LARGEST = sys.float_info.max
 HARMLESS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # values that change no distribution
 
 
-def get_cfg_scale(family: Family) -> float:
-    """Returns the guidance of a family's images where nobody states one."""
-    return {**DEFAULTS, **family.defaults}["cfg_scale"]
+def choose_cfg_scale(stated: float | None, family: Family) -> float:
+    """Returns the guidance of images: as stated, or else the family's own."""
+    return {**DEFAULTS, **family.defaults}["cfg_scale"] if stated is None else stated
 
 
 def describe_default(name: str) -> str:

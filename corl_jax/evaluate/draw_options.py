@@ -13,8 +13,8 @@ from corl_jax.inference import DTYPES, MAX_SEED, check_number, find_unread_image
 from corl_jax.input_files import parse_path, parse_place
 from corl_jax.sampling_options import (
     DEFAULTS,
+    choose_cfg_scale,
     find_temperature_problems,
-    get_cfg_scale,
     spell_option,
 )
 
@@ -207,8 +207,7 @@ def check_model(
         model = inspect_policy(args.model)
     if model is None:
         return None, described
-    if args.cfg_scale is None:
-        args.cfg_scale = get_cfg_scale(model.family)
+    args.cfg_scale = choose_cfg_scale(args.cfg_scale, model.family)
     chosen = argparse.Namespace(
         image_steps=None, temperature=args.temperature, greedy=False, think=False
     )

@@ -21,6 +21,7 @@ from corl_jax.policies.family import Denoising, LogprobOptions, SamplingOptions,
 from corl_jax.policies.turns import Sampler, bind_sampler
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import FrozenNetwork, Policy
+from corl_jax.sampling_options import choose_cfg_scale
 from corl_jax.tasks import CODES, TASKS
 from corl_jax.train import attending, fit
 from corl_jax.train.average import keep_average, start_average
@@ -222,7 +223,7 @@ def make_update_options(plan: RunOutline) -> UpdateOptions:
         special=plan.special,
         # Supervised targets were not sampled, so they are scored by the plain softmax.
         temperature=config.rollout.temperature if compares else 1.0,
-        cfg_scale=config.rollout.cfg_scale,
+        cfg_scale=choose_cfg_scale(config.rollout.cfg_scale, plan.family),
         image_logprobs=algorithm.image_logprobs if compares else "conditional",
         unshifted=config.compat.image_logprobs_unshifted and compares,
         remat=config.model.remat,
@@ -285,7 +286,7 @@ def make_sampling_options(plan: RunOutline, *, evaluates: bool = False) -> Sampl
         top_k=50 if compat.text_top_k_50 else rollout.top_k,
         top_p=rollout.top_p,
         max_new_tokens=rollout.max_new_tokens,
-        cfg_scale=rollout.cfg_scale,
+        cfg_scale=choose_cfg_scale(rollout.cfg_scale, plan.family),
         image_window=rollout.image_window,
         image_logprobs=plan.config.algorithm.image_logprobs,
         dtype=DTYPES[plan.config.model.dtype],

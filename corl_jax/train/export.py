@@ -71,9 +71,10 @@ def refresh_export(
     if primary:
         extra |= make_card_files(config, run, step, model_dir, record["evaluations"])
     notes = export(folder, config, run, state, model_dir, primary, beat, generation, extra)
-    if image_tasks(run.tasks) and config.rollout.cfg_scale < 1:
+    scale = config.rollout.cfg_scale
+    if image_tasks(run.tasks) and scale is not None and scale < 1:
         notes.append(
-            f"rollout.cfg_scale {config.rollout.cfg_scale:g}: transformers guides above 1 only, so "
+            f"rollout.cfg_scale {scale:g}: transformers guides above 1 only, so "
             "the export generates images without guidance; give another value where it is used"
         )
     if before is not None:

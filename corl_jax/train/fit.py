@@ -19,7 +19,7 @@ from corl_jax.params import leaf_paths, partition
 from corl_jax.policies.family import Family, Limits
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import list_place_problems
-from corl_jax.sampling_options import get_cfg_scale
+from corl_jax.sampling_options import choose_cfg_scale
 from corl_jax.tasks import choose_tasks, image_tasks, plan_tasks
 from corl_jax.train import attending, sft
 from corl_jax.train.optimizer import is_in_group
@@ -59,7 +59,7 @@ def choose_guidance(config: Config, family: Family) -> Config:
     """
     if config.rollout.cfg_scale is not None or not has_reader(config, "rollout.cfg_scale"):
         return config
-    rollout = config.rollout.model_copy(update={"cfg_scale": get_cfg_scale(family)})
+    rollout = config.rollout.model_copy(update={"cfg_scale": choose_cfg_scale(None, family)})
     return config.model_copy(update={"rollout": rollout})
 
 

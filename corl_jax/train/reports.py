@@ -21,6 +21,7 @@ from corl_jax.rewards.samples import Policy, Samples
 from corl_jax.runs import pictures
 from corl_jax.runs.log import reduce_metrics
 from corl_jax.runs.outputs import Outputs, Progress
+from corl_jax.sampling_options import choose_cfg_scale
 from corl_jax.tasks import TASKS, TEXT, choose_tasks_of_step, image_tasks, list_segments
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train.average import choose_evaluated
@@ -291,7 +292,8 @@ def make_evaluation_inputs(
         return score_and_measure(evaluation.rewards, samples, context)[0]
 
     options = SamplingOptions(
-        special=run.processor.special, cfg_scale=config.rollout.cfg_scale, dtype=run.dtype,
+        special=run.processor.special, dtype=run.dtype,
+        cfg_scale=choose_cfg_scale(config.rollout.cfg_scale, run.family),
         temperature=config.rollout.temperature, max_new_tokens=config.rollout.max_new_tokens,
         image=run.processor.image,
         denoising=choose_eval_denoising(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from corl_jax.algorithms.flow.steps import spread_over_elements
 from corl_jax.policies.denoising import STEPS, take_step_transitions
 from corl_jax.policies.family import NOISE_KEYS
 from corl_jax.tasks import CODES, LATENTS, TEXT
@@ -98,12 +98,10 @@ def _make_denoised_batch(size: Size, prompts: EncodedPrompts, rows: int) -> Task
     latents = rng.standard_normal(shape, np.float32)
     low, high = denoising.window.starts
     length = denoising.window.length
+    assert length is not None, "sizes that denoise state their window"
     steps = rng.integers(low, high + 1, rows)[:, None] + np.arange(length)
-    moves = take_step_transitions(steps, denoising)
-    keep, std = (
-        np.asarray(spread_over_elements(x, latents[:, 0])).reshape(rows, length, 1, 1, 1)
-        for x in (moves.keep, moves.std)
-    )
+    moves = take_step_transitions(jnp.asarray(steps), denoising)
+    keep, std = (np.asarray(x).reshape(rows, length, 1, 1, 1) for x in (moves.keep, moves.std))
     for number in range(length):  # in order: a step begins where the one before ends
         places = np.arange(rows), steps[:, number]
         noise = rng.standard_normal(latents[places].shape, np.float32)

@@ -27,7 +27,7 @@ from corl_jax.policies.janus_flow.network import PRESETS as JANUS_FLOW_PRESETS
 from corl_jax.policies.janus_flow.network import JanusFlowConfig
 from corl_jax.policies.show_o.network import PRESETS as SHOW_O_PRESETS
 from corl_jax.policies.show_o.network import ShowOConfig
-from corl_jax.sampling_options import get_cfg_scale
+from corl_jax.sampling_options import choose_cfg_scale
 from corl_jax.types import Sizes
 from tools.bench.cost import Costs
 from tools.bench.families import FAMILIES, MeasuredFamily
@@ -88,7 +88,7 @@ class Size:
     @property
     def cfg_scale(self) -> float:
         """The guidance of images."""
-        return get_cfg_scale(self.family)
+        return choose_cfg_scale(None, self.family)
 
     @property
     def denoising(self) -> Denoising:

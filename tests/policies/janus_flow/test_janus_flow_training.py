@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas
 import pytest
 from PIL import Image
 
 from corl_jax import generate
+from corl_jax.config import files as config_files
 from corl_jax.errors import Problems
 from corl_jax.evaluate import draw_options
 from corl_jax.params import flatten
 from corl_jax.plan import __main__ as plan
-from corl_jax.policies import load_policy
+from corl_jax.plan import programs as plan_programs
+from corl_jax.policies import FAMILIES, load_policy
 from corl_jax.train import __main__ as command
-from corl_jax.train import build
+from corl_jax.train import build, fit, memory, resolve
 from corl_jax.weights.export import convert
 from tests.support import tiny_flow, tiny_runs
 
@@ -223,6 +228,78 @@ def test_a_plan_has_the_latents_that_a_run_has(model, rows, tmp_path, capsys):
     assert "codes to pixels" in capsys.readouterr().out
 
 
+# ---- guidance and memory
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "expected"),
+    [
+        ("janus_flow", ["rollout.cfg_scale=null"], 2.0),
+        ("janus_flow", ["rollout.cfg_scale=1.5"], 1.5),
+        ("janus", ["rollout.cfg_scale=null"], 5.0),
+        # Nothing reads it.
+        ("janus_flow", ["rollout.cfg_scale=null", "algorithm.tasks=mm2t", "eval.suite=none"], None),
+    ],
+)
+def test_a_family_has_its_own_guidance(family, overrides, expected):
+    config = config_files.load("configs/janus_flow_1_3b/unified.yaml", overrides)
+    assert fit.choose_guidance(config, FAMILIES[family]).rollout.cfg_scale == expected
+
+
+@pytest.mark.parametrize(("stated", "expected"), [(None, 2.0), (3.0, 3.0)])
+def test_suites_draw_with_the_guidance_of_the_family(model, stated, expected):
+    args = argparse.Namespace(model=str(model), temperature=1.0, roles=None, cfg_scale=stated)
+    draw_options.check_model(args, Problems())
+    assert args.cfg_scale == expected
+
+
+LONG, PROMPTS, GROUP, WINDOW = 512, 8, 8, 2
+FLOW = FAMILIES["janus_flow"]
+MANY_LAYERS = dataclasses.replace(
+    tiny_flow.CONFIG,
+    llama=dataclasses.replace(tiny_flow.CONFIG.llama, num_layers=8, max_position_embeddings=4096),
+)
+
+
+def estimate_update(cfg_scale: float):
+    """The outline of an update of images behind long prompts, and its estimate in bytes."""
+    config = config_files.load(
+        "configs/janus_flow_1_3b/unified.yaml",
+        [f"rollout.cfg_scale={cfg_scale}", "algorithm.tasks=t2i", "algorithm.kl_coef=0",
+         "train.prompts_per_step=8", "model.attention=xla", "rewards=[{name: t2i_pixel_mse}]"],
+    )  # fmt: skip
+    outline = resolve.outline_run(
+        config, FLOW, MANY_LAYERS, FLOW.stand_in_tokens, jax.devices()[:1]
+    )
+    estimate = memory.estimate_outline(outline, {"t2i": LONG}, lambda path: jnp.dtype("bfloat16"))
+    return outline, {name: gib * memory.GIB for name, gib in estimate.items()}
+
+
+def test_guidance_reads_a_prompt_once():
+    """The other branch has two tokens in the place of the prompt."""
+    (_, plain), (_, guided) = map(estimate_update, (1.0, 2.0))
+    llama = MANY_LAYERS.llama
+    images = PROMPTS * GROUP * WINDOW * 17  # tokens
+    kept = 2 * llama.num_layers * llama.hidden_size  # bytes of a token
+    assert plain["activations (kept by remat)"] == (PROMPTS * LONG + images) * kept
+    assert guided["activations (kept by remat)"] == (PROMPTS * LONG + 2 * images) * kept
+    for name in ("sampling caches (largest task)", "attention scores (xla)"):
+        assert guided[name] == plain[name] > 0
+
+
+@pytest.mark.slow
+def test_what_guidance_adds_is_what_the_compiler_adds():
+    added, compiled = [], []
+    for outline, estimate in map(estimate_update, (1.0, 2.0)):
+        _, programs = plan_programs.make_programs(outline, {"t2i": LONG}, jnp.bfloat16)
+        with jax.set_mesh(outline.mesh):
+            found = programs[-1].lower().compile().memory_analysis().temp_size_in_bytes
+        assert found > estimate["activations (kept by remat)"]
+        compiled.append(found)
+        added.append(estimate["activations (kept by remat)"])
+    assert 0.3 < (compiled[1] - compiled[0]) / (added[1] - added[0]) < 1.5
+
+
 # ---- refusals, before any device work
 
 
@@ -257,6 +334,6 @@ def test_options_that_do_not_fit_are_refused(model, rows, tmp_path, capsys, chan
 @pytest.mark.parametrize(("temperature", "refused"), [(0.7, True), (1.0, False)])
 def test_suites_that_draw_refuse_a_temperature(model, temperature, refused):
     problems = Problems()
-    args = argparse.Namespace(model=str(model), temperature=temperature, roles=None)
+    args = argparse.Namespace(model=str(model), temperature=temperature, roles=None, cfg_scale=None)
     draw_options.check_model(args, problems)
     assert [line.startswith("--temperature: found 0.7") for line in problems] == [True] * refused
