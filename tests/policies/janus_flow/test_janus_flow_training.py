@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 
 import numpy as np
@@ -115,8 +116,14 @@ def test_a_replay_with_another_guidance_raises_the_alarm(
     model, rows, tmp_path, one_device, monkeypatch, capsys
 ):
     """No option can bring that about, but a family with a mistake in its replay could."""
-    options = build.LogprobOptions
-    monkeypatch.setattr(build, "LogprobOptions", lambda **x: options(**x | {"cfg_scale": 3.5}))
+    make = build.make_update_options
+
+    def make_others(plan):
+        options = make(plan)
+        wrong = dataclasses.replace(options.logprobs, cfg_scale=3.5)
+        return dataclasses.replace(options, logprobs=wrong)
+
+    monkeypatch.setattr(build, "make_update_options", make_others)
     line = run(
         model, rows, tmp_path / "run", train={"max_steps": 1}, algorithm={"tasks": "t2i"},
         rewards=[{"name": "t2i_pixel_mse"}], export={"layout": "none"},
