@@ -68,8 +68,8 @@ ALARMS = (
     Alarm(
         "drift_steps", name_for_segments(RATIO_FIRST),
         "the replay of an image's steps is not what the sampler did, so ratios and clipping mean "
-        "little; try model.dtype float32, and if that does not help report it: times, guidance and "
-        "noise are the sampler's own",
+        "little; try model.attention xla, then model.dtype float32; what is left is a fault of the "
+        "family, because times, guidance and noise are the sampler's own",
     ),
 )  # fmt: skip
 """Alarms over logged metrics. The limit of each is the option of `guards` with its name."""

@@ -187,6 +187,7 @@ def choose_loss_masks(family: Family, options: UpdateOptions, batch: Batch) -> B
         if choose is not None:
             masks = choose(task.prompts, task.segments, options.logprobs)
         if options.masks_indifferent:
+            assert task.advantages is not None
             masks = tuple(mask_indifferent(mask, task.advantages) for mask in masks)
         segments = tuple(
             dataclasses.replace(segment, mask=mask)

@@ -54,7 +54,7 @@ def refresh(tmp_path, monkeypatch):
             "rewards": [{"name": "format"}], "export": {"layout": "transformers"} | options,
             "rollout": {"cfg_scale": cfg_scale},
         }  # fmt: skip
-        state = SimpleNamespace(params={"kernel": jnp.full((2, 2), weight)})
+        state = SimpleNamespace(params={"kernel": jnp.full((2, 2), weight)}, average=None)
         lines = model_export.refresh_export(
             tmp_path / "export",
             validate(tree, "test"),

@@ -156,8 +156,14 @@ def test_a_replay_with_another_guidance_raises_the_alarm(
     model, rows, tmp_path, one_device, monkeypatch, capsys
 ):
     """No option can bring that about, but a family with a mistake in its replay could."""
-    options = build.LogprobOptions
-    monkeypatch.setattr(build, "LogprobOptions", lambda **x: options(**x | {"cfg_scale": 3.5}))
+    make = build.make_update_options
+
+    def make_others(plan):
+        options = make(plan)
+        wrong = dataclasses.replace(options.logprobs, cfg_scale=3.5)
+        return dataclasses.replace(options, logprobs=wrong)
+
+    monkeypatch.setattr(build, "make_update_options", make_others)
     line = run(
         model, rows, tmp_path / "run", train={"max_steps": 1}, algorithm={"tasks": "t2i"},
         rewards=[{"name": "t2i_pixel_mse"}], export={"layout": "none"},
@@ -170,12 +176,19 @@ def test_a_replay_with_another_guidance_raises_the_alarm(
 
 @pytest.mark.slow
 def test_it_resumes_to_the_bit(model, rows, tmp_path, one_device):
-    changes = {"checkpoint": {"every": 1}, "algorithm": {"kl_coef": 0.1}}
+    changes = {
+        "checkpoint": {"every": 1}, "algorithm": {"kl_coef": 0.1}, "train": {"ema_decay": 0.9},
+        "export": {"layout": "jax"}, "denoising": DENOISING | {"guard": "ratio"},
+    }  # fmt: skip
     whole = run(model, rows, tmp_path / "whole", **changes)
     run(model, rows, tmp_path / "halves", "train.stop_after=1", **changes)
     halves = run(model, rows, tmp_path / "halves", **changes)
     for name in ("loss", "grad_norm", "t2i/loss", "t2i/kl"):
         assert [line.get(name) for line in whole] == [line.get(name) for line in halves]
+    found, expected = (
+        flatten(load_policy(tmp_path / name / "export").params) for name in ("halves", "whole")
+    )
+    assert all(np.array_equal(found[path], leaf) for path, leaf in expected.items())
 
 
 def test_the_supervised_stage_learns_given_images_and_answers(model, rows, tmp_path, one_device):
