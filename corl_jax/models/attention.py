@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from corl_jax.devices.compiling import has_deterministic_flag, is_nvidia
 from corl_jax.devices.mesh import constrain, shard_heads
@@ -116,19 +117,22 @@ def attend_causally(
     value: jax.Array,
     key_mask: jax.Array,
     kernel: AttentionKernel = "xla",
+    front: int = 0,
 ) -> jax.Array:
     """Returns causal attention [B, T, H, head_dim] of the last T of S positions.
 
     `key` and `value` are [B, S, kv_heads, head_dim]. A query sees itself and every earlier key
-    that `key_mask` [B, S] marks. The results of queries that `key_mask` does not mark are
-    undefined. cuDNN differentiates even T and S only.
+    that `key_mask` [B, S] marks, and also the later ones of the first `front` keys. The results of
+    queries that `key_mask` does not mark are undefined. cuDNN differentiates even T and S only.
     """
     if kernel == "splash":
-        return _attend_splash(query, key, value, key_mask)
+        return _attend_splash(query, key, value, key_mask, front)
     length, total = query.shape[1], key.shape[1]
     # T = 2, S = 3: itself = [[0, 1, 0], [0, 0, 1]], before = [[1, 1, 0], [1, 1, 1]]
     itself = jnp.eye(length, total, total - length, dtype=bool)
     before = jnp.tril(jnp.ones((length, total), bool), total - length)
+    if front:
+        before |= jnp.arange(total) < front
     mask = before & (key_mask[:, None, :] | itself)
     # An unmarked query sees itself: a softmax without any key would be NaN, and NaN would reach the
     # gradients of all keys.
@@ -141,7 +145,7 @@ def attend_causally(
 
 
 def _attend_splash(
-    query: jax.Array, key: jax.Array, value: jax.Array, key_mask: jax.Array
+    query: jax.Array, key: jax.Array, value: jax.Array, key_mask: jax.Array, front: int
 ) -> jax.Array:
     length, total = query.shape[1], key.shape[1]
     # The kernel of jax does not scale the scores.
@@ -150,7 +154,7 @@ def _attend_splash(
     segments = key_mask.astype(jnp.int32)
     padded = [_pad_length(x, 0) for x in (query, key, value)]
     padded += [_pad_length(x, 1) for x in (segments[:, total - length :], segments)]
-    return shard_heads(_make_splash_kernel(length, total))(*padded)[:, :length]
+    return shard_heads(_make_splash_kernel(length, total, front))(*padded)[:, :length]
 
 
 def _pad_length(x: jax.Array, value: int) -> jax.Array:
@@ -159,7 +163,7 @@ def _pad_length(x: jax.Array, value: int) -> jax.Array:
     return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
 
 
-def _make_splash_kernel(length: int, total: int) -> Callable:
+def _make_splash_kernel(length: int, total: int, front: int) -> Callable:
     """Returns splash attention of padded arrays, for `length` queries and `total` keys."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -177,9 +181,12 @@ def _make_splash_kernel(length: int, total: int) -> Callable:
     def attend(query, key, value, query_segments, key_segments):
         # Padding keys stand after the last key, so they are later than every real query. The offset
         # aligns the last query with the last key: T = 2, S = 3: query 0 is position 1.
-        causal = masks.CausalMask((height, width), offset=total - length)
+        mask: Any = masks.CausalMask((height, width), offset=total - length)
+        if front:
+            in_front = np.broadcast_to(np.arange(width) < front, (height, width))
+            mask |= masks.NumpyMask(in_front)
         kernel: Any = splash.make_splash_mha(
-            masks.MultiHeadMask([causal] * query.shape[2]), block_sizes=sizes,
+            masks.MultiHeadMask([mask] * query.shape[2]), block_sizes=sizes,
             head_shards=1, q_seq_shards=1, interpret=INTERPRET_SPLASH,
         )  # fmt: skip
 

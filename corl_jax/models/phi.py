@@ -234,15 +234,17 @@ class Phi(nnx.Module):
         second: jax.Array,
         orders: tuple[Order, Order],
         *,
+        front: int = 0,
         is_seen: jax.Array | None = None,
         remat: Remat = "none",
         attention: AttentionKernel = "xla",
     ) -> tuple[jax.Array, jax.Array]:
         """Computes hidden states of first parts [B, P, D] and of their second parts [N, T, D].
 
-        They equal those of `read_first` and `read_second`. A first part is computed once for all of
-        its second parts, and its keys and values exist for one layer at a time. `is_seen` [B, P]
-        marks tokens of causal first parts that all others see.
+        They equal those of `read_first` and `read_second`, but that some tokens of a causal first
+        part see each other: the first `front`, or those that `is_seen` [B, P] marks, which all
+        others see. A first part is computed once for all of its second parts, and its keys and
+        values exist for one layer at a time.
         """
         parts, num_tokens = (first, second), (first.shape[1], second.shape[1])
         # cuDNN differentiates even lengths only. Padding behind the parts changes nothing in them,
@@ -252,7 +254,7 @@ class Phi(nnx.Module):
             pads = [((0, 0), (0, n), (0, 0)) for n in odd]
             parts = tuple(jnp.pad(x, pad) for x, pad in zip(parts, pads, strict=True))
             is_seen = None if is_seen is None else jnp.pad(is_seen, ((0, 0), (0, odd[0])))
-        read = _First(parts[0].shape[1], lengths, orders[0], attention, is_seen)
+        read = _First(parts[0].shape[1], lengths, orders[0], attention, front, is_seen)
         rope = self.rope(jnp.arange(read.size))
         rope_behind = self.rope(read.place_second(*parts[1].shape[:2]))
 
@@ -275,7 +277,9 @@ class _First:
     lengths: jax.Array  # [B] real tokens
     order: Order
     attention: AttentionKernel
-    is_seen: jax.Array | None = None  # [B, P] bool, tokens that all others see
+    front: int = 0  # tokens of a causal part that see each other
+    # [B, P] bool, tokens that all others see, at any places; only `xla` computes it
+    is_seen: jax.Array | None = None
 
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         """Computes attention of the first parts to themselves."""
@@ -285,7 +289,7 @@ class _First:
             return layers.attend(query, key, value, mask)
         if self.order == "full":
             return attend_to_first(query, key, value, self.lengths, self.attention)
-        return attend_causally(query, key, value, self._mark_real(), self.attention)
+        return attend_causally(query, key, value, self._mark_real(), self.attention, self.front)
 
     def place_second(self, rows: int, length: int) -> jax.Array:
         """Returns the positions [N, T] of second parts."""

@@ -104,12 +104,34 @@ def test_answers_token_by_token_equal_the_full_forward(params, front, copied, mo
 # ---- two parts
 
 
-def read_both(params, remat="none", attention="xla", dtype=jnp.float32, orders=("causal", "full")):
+def read_both(
+    params, remat="none", attention="xla", dtype=jnp.float32, orders=("causal", "full"), front=0
+):
     phi = bind(Phi, PHI, jax.tree.map(lambda x: x.astype(dtype), params))
     first, second = (jnp.asarray(normal(*shape), dtype) for shape in ((2, 6, 32), (4, 8, 32)))
     return phi.read_parts(
-        first, jnp.asarray([6, 4]), second, orders, remat=remat, attention=attention
-    )
+        first, jnp.asarray([6, 4]), second, orders,
+        front=front, remat=remat, attention=attention,
+    )  # fmt: skip
+
+
+def test_a_front_sees_itself(params):
+    """Two parts with a front equal whole sequences, with the padding in their middle."""
+    lengths, front = np.repeat([6, 4], 2)[:, None], 3
+    first, second = read_both(params, orders=("causal", "causal"), front=front)
+    # Row i of a whole sequence [first, padding, second] sees column j.
+    i, j = np.ogrid[:14, :14]
+    real = (np.arange(14) < lengths) | (np.arange(14) >= 6)
+    mask = ((j <= i) | ((j < front) & (i < 6))) & real[:, None] | (i == j)
+    positions = np.concatenate([np.tile(np.arange(6), (4, 1)), lengths + np.arange(8)], axis=1)
+    phi = bind(Phi, PHI, params)
+    embeds = jnp.concatenate([jnp.repeat(normal(2, 6, 32), 2, axis=0), normal(4, 8, 32)], axis=1)
+    whole = np.asarray(phi(embeds, jnp.asarray(mask), jnp.asarray(positions)))
+    np.testing.assert_allclose(second, whole[:, 6:], atol=NETWORK)
+    for row, length in enumerate((6, 4)):
+        np.testing.assert_allclose(first[row, :length], whole[2 * row, :length], atol=NETWORK)
+    causal, _ = read_both(params, orders=("causal", "causal"))
+    assert np.abs(first - causal).max() > 0.01
 
 
 def test_gradients_do_not_depend_on_what_is_kept(params):
@@ -125,15 +147,19 @@ def test_gradients_do_not_depend_on_what_is_kept(params):
             np.testing.assert_allclose(a, b, atol=NETWORK * scale, err_msg=path)
 
 
-@pytest.mark.parametrize("orders", [("causal", "full"), ("full", "causal")])
-def test_parts_lower_to_cudnn_for_nvidia(params, orders, monkeypatch):
+@pytest.mark.parametrize(
+    ("orders", "front"), [(("causal", "full"), 0), (("full", "causal"), 0), (("causal",) * 2, 3)]
+)
+def test_parts_lower_to_cudnn_for_nvidia(params, orders, front, monkeypatch):
     """Four fused calls in the layers' scan, forward and backward."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
 
     def loss(params):
-        states = read_both(params, attention="cudnn", dtype=jnp.bfloat16, orders=orders)
+        states = read_both(
+            params, attention="cudnn", dtype=jnp.bfloat16, orders=orders, front=front
+        )
         return sum(jnp.sum(x.astype(jnp.float32)) for x in states)
 
     traced = jax.jit(jax.grad(loss)).trace(params)

@@ -2,7 +2,7 @@
 
 Codes were drawn in any order, so their joint probability is not a product over places. What is
 scored instead is chosen by `LogprobOptions.unmasking`; see `hiding`. Answers are scored by one pass
-over the image, which reads itself in both directions, and the causal text behind it.
+over the question, whose image sees itself in both directions, and the causal answers behind it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,6 @@ from corl_jax.policies.show_o.reading import (
     split_image_states,
 )
 from corl_jax.types import EncodedPrompts, Params, Segment
-
-QUESTION_ORDERS = "full", "causal"
-"""An image sees all of itself, and the text behind it is causal; see `models.phi.Order`."""
 
 
 def image_logprobs(
@@ -129,29 +126,22 @@ def text_logprobs(
     ids, lengths = move_padding_last(fill_codes(model, prompts, options.special), options.special)
     group_size, count = len(tokens) // len(ids), tokens.shape[1]
     image = model.config.num_image_tokens + FRONT  # equally many in all rows
-    # Each completion reads the question again, which is short beside the image. The answer follows
-    # its last real token, and its own last token is not read:
-    # question [a, b, x], answer [c, d, e] -> places [0, 1, 3, 4, ..] of [a, b, x, c, d]
-    question_ids = repeat_rows(ids[:, image:], group_size)
-    source = jnp.concatenate([question_ids, tokens[:, :-1]], axis=1)
-    questions = repeat_rows(lengths - image, group_size)[:, None]
-    places = jnp.arange(source.shape[1])
-    places = jnp.where(places < questions, places, places + ids.shape[1] - image - questions)
-    text = jnp.take_along_axis(source, places, axis=1, mode="clip")
-    front = model.embed_text(ids[:, :image])
+    questions = model.embed_text(ids)
     if vectors is not None:  # between mmu, soi and eoi
-        front = front.at[:, 2:-1].set(vectors.astype(front.dtype))
+        questions = questions.at[:, 2 : image - 1].set(vectors.astype(questions.dtype))
+    # A question is read once for all of its answers, whose own last tokens are not read.
     before, hidden = model.language_model.read_parts(
-        front, jnp.full(len(ids), image), model.embed_text(text),
-        QUESTION_ORDERS, remat=options.remat, attention=options.attention,
+        questions, lengths, model.embed_text(tokens[:, : max(count - 1, 1)]), ("causal", "causal"),
+        front=image, remat=options.remat, attention=options.attention,
     )  # fmt: skip
     # The state of the question's last token scores the first token of the answer.
-    states = jnp.take_along_axis(hidden, (questions - 1 + jnp.arange(count))[..., None], axis=1)
+    last = jnp.take_along_axis(before, (lengths - 1)[:, None, None], axis=1)
+    states = [repeat_rows(last, group_size), hidden[:, : count - 1]]
     if options.released:
         # That of eoi scores the first token of the question.
-        first = repeat_rows(before[:, -1:], group_size)
-        states = jnp.concatenate([first, hidden[:, : question_ids.shape[1] - 1], states], axis=1)
-        tokens = jnp.concatenate([question_ids, tokens], axis=1)
+        states = [repeat_rows(before[:, image - 1 : -1], group_size), *states]
+        tokens = jnp.concatenate([repeat_rows(ids[:, image:], group_size), tokens], axis=1)
+    states = jnp.concatenate(states, axis=1)
     return chunked_logprobs(model.text_logits, states, tokens, options.temperature, options.chunk)
 
 

@@ -174,8 +174,8 @@ def test_the_update_lowers_to_cudnn_for_nvidia(config, params, monkeypatch):
 # ---- splash attention, interpreted
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_splash_attention_is_attention(monkeypatch, devices):
+@pytest.mark.parametrize(("devices", "front"), [(1, 0), (1, 130), (8, 0)])
+def test_splash_attention_is_attention(monkeypatch, devices, front):
     """Values and gradients of what counts; lengths that its blocks do not divide, padding."""
     monkeypatch.setattr(attention, "INTERPRET_SPLASH", True)
     rng = np.random.default_rng(0)
@@ -186,7 +186,7 @@ def test_splash_attention_is_attention(monkeypatch, devices):
     own = kept[:, total - length :, None, None]
 
     def loss(arrays, implementation):
-        out = attend_causally(*arrays, jnp.asarray(kept), implementation)
+        out = attend_causally(*arrays, jnp.asarray(kept), implementation, front)
         return (jnp.sin(out) * own).sum(), out * own
 
     def found(implementation):
