@@ -8,8 +8,8 @@ ones is so in every pass. The final codes are those that are drawn one by one, w
 were: the distribution, guidance included, is exactly the same.
 
 Source: Teng et al. 2024 (speculative Jacobi decoding, arXiv 2410.01699), with random numbers that
-belong to a code instead of a test by the ratio p / q. Both keep a code of two distributions p, q
-with a probability of up to 1 - TV(p, q). Here no q is stored, and greedy draws need no other rule.
+belong to a code instead of a test by the ratio p / q. Both make as many codes final, as measured.
+Here no q is stored, images do not depend on the window, and greedy draws need no other rule.
 """
 
 from __future__ import annotations

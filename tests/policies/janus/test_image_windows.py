@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.policies import decoding, jacobi
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.janus import sampling
+from corl_jax.policies.janus.layout import RULES
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.types import EncodedPrompts
 from tests.support.tolerances import LOGPROBS
@@ -89,3 +94,35 @@ def test_an_image_alone_is_the_one_in_the_batch(tiny_config, tiny_params):
     drawn = draw_images(tiny_config, tiny_params, alone, keys[GROUP:], window=4)
     np.testing.assert_array_equal(drawn.values, together.values[GROUP:])
     np.testing.assert_allclose(drawn.logprobs, together.logprobs[GROUP:], atol=5 * LOGPROBS)
+
+
+@pytest.mark.parametrize("axes", [{"data": 2}, {"data": 1, "fsdp": 2, "tensor": 2}], ids=str)
+def test_devices_change_no_image(axes, tiny_config, tiny_params):
+    """Rows of different devices need different numbers of passes; all wait for the last one."""
+    prompts, keys = make_prompts(), sample_keys(5, np.arange(len(PADDING)), GROUP)
+    expected = draw_images(tiny_config, tiny_params, prompts, keys, window=4)
+    mesh = make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())])
+    with jax.set_mesh(mesh):
+        params = jax.device_put(tiny_params, param_shardings(tiny_params, mesh, RULES))
+        placed = jax.device_put((prompts, keys), batch_sharding(mesh))
+        drawn = draw_images(tiny_config, params, *placed, window=4)
+    np.testing.assert_array_equal(drawn.values, expected.values)
+    np.testing.assert_allclose(drawn.logprobs, expected.logprobs, atol=5 * LOGPROBS)
+
+
+def test_data_parallel_windows_need_hardly_any_communication(tiny_config, tiny_params):
+    """Whether all images are complete is the one thing that devices tell each other."""
+    mesh = make_mesh(data=2, devices=jax.devices()[:2])
+    arguments = make_prompts(), sample_keys(5, np.arange(len(PADDING)), GROUP)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(arguments, batch_sharding(mesh))
+        params = jax.device_put(tiny_params, param_shardings(tiny_params, mesh, RULES))
+
+        def draw(params, prompts, keys):
+            return draw_images(tiny_config, params, prompts, keys, window=4).values
+
+        text = jax.jit(draw).lower(params, *placed).compile().as_text()
+    collectives = re.findall(
+        r" (all-(?:gather|reduce|to-all)|collective-permute|reduce-scatter)(?:-start)?\(", text
+    )
+    assert set(collectives) <= {"all-reduce"} and len(collectives) <= 2, collectives
