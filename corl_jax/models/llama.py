@@ -315,7 +315,6 @@ class Llama(nnx.Module):
         return self.norm(x), caches
 
 
-
 def compute_positions(mask: jax.Array) -> jax.Array:
     """Returns positions [B, T] that count real tokens only."""
     # Left padding: mask [0, 0, 1, 1] -> cumsum - 1 = [-1, -1, 0, 1] -> [0, 0, 0, 1]
