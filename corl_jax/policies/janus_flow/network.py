@@ -109,7 +109,7 @@ def blank_ids(input_ids: jax.Array, special: SpecialTokens) -> jax.Array:
 
 
 class Prefix(NamedTuple):
-    """What the tokens of an image follow: B prompts, or one for all images; then plans, if any."""
+    """What the tokens of an image follow: B prompts, then plans, if there are any."""
 
     embeds: jax.Array  # [B, P, D], padded on the left
     mask: jax.Array  # [B, P] bool, True on real tokens
@@ -227,6 +227,7 @@ class JanusFlow(nnx.Module):
         """Returns the prefix of images behind plans [N, T] of `lengths` [N] tokens each."""
         prefix = self.make_prefix(prompts, special)
         branch = Branch(self.embed_text(plans), jnp.arange(plans.shape[1]) < lengths[:, None])
+        branch = branch.make_even()
         # The image follows the last token of its plan: no position is left out between them.
         first = jnp.repeat(prefix.first, len(plans) // len(prefix.first)) + lengths
         return prefix._replace(first=first, plans=(branch,))
@@ -237,8 +238,11 @@ class JanusFlow(nnx.Module):
         `first` [M] are the positions of the images in the conditional branch.
         """
         # A prompt of 5 tokens: BOS has position 0, and the image begins at position 5, not 1. The
-        # pad makes an even length, which cuDNN needs for gradients.
-        ids, seen = jnp.array([[special.pad, special.bos]]), jnp.array([[False, True]])
+        # pad makes an even length, which cuDNN needs for gradients. One row for all prompts would
+        # do, but a mesh splits rows as those of the prompts.
+        shape = len(first), 2
+        ids = jnp.broadcast_to(jnp.array([special.pad, special.bos]), shape)
+        seen = jnp.broadcast_to(jnp.array([False, True]), shape)
         return Prefix(self.embed_text(ids), seen, first)
 
     def velocity(
