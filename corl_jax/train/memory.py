@@ -259,12 +259,6 @@ def get_segment_length(plan: RunOutline, kind: str) -> int:
     return {TEXT: plan.config.rollout.max_new_tokens, CODES: plan.limits.image_tokens}[kind]
 
 
-def _count_read_tokens(plan: RunOutline, turn: Turn) -> int:
-    """Counts the tokens of a turn's longest completion that an update reads; its plan once."""
-    *plans, last = (get_segment_length(plan, kind) for kind in turn.segments)
-    return sum(plans) + _count_trained_steps(plan, turn) * last
-
-
 def _count_trained_steps(plan: RunOutline, turn: Turn) -> int:
     """Counts how often an update reads the last segment of a turn.
 
@@ -299,7 +293,7 @@ def _count_activations(plan: RunOutline, turn: Turn, prompt: int) -> int:
     limits = plan.limits
     wide = 3 * limits.inner_width + 4 * limits.width
     inner_numbers = {"full": 0, "dots": wide, "none": 2 * wide}[plan.config.model.remat]
-    length = prompt + _count_read_tokens(plan, turn)
+    length = prompt + _count_trained_steps(plan, turn) * count_turn_tokens(plan, turn)
     numbers = length * limits.layers * (limits.width + inner_numbers)
     return _count_update_rows(plan, turn) * numbers // num_batch_shards(plan.mesh)
 
