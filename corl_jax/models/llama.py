@@ -61,12 +61,14 @@ class Branch(NamedTuple):
     # before them.
     first: jax.Array | None = None
 
-    def pad_to_multiple(self, count: int) -> Branch:
-        """Returns the branch with padding behind it, up to a multiple of so many tokens."""
-        missing = -self.embeds.shape[1] % count
+    def make_even(self) -> Branch:
+        """Returns the branch with a token of padding behind an odd number of tokens."""
+        # cuDNN attends over even lengths only. A padding token after the last one changes nothing
+        # before it.
+        missing = self.embeds.shape[1] % 2
         embeds = jnp.pad(self.embeds, ((0, 0), (0, missing), (0, 0)))
         mask = None if self.mask is None else jnp.pad(self.mask, ((0, 0), (0, missing)))
-        return Branch(constrain(embeds, "batch", "length", "embed"), mask, self.first)
+        return Branch(embeds, mask, self.first)
 
     def join_mask(self, before: jax.Array) -> jax.Array:
         """Returns the mask [N, P + T] of this branch behind tokens with the mask [B, P]."""
@@ -224,9 +226,7 @@ class Llama(nnx.Module):
         # prompts of 676 that is 2,724 tokens a group instead of 7,456.
         prompts = constrain(prompts, "batch", "length", "embed")
         prompt_rope, seen, places = self.rope(compute_positions(mask)), mask, []
-        # cuDNN differentiates even lengths only. A padding token after the last one changes nothing
-        # before it.
-        padded = [branch.pad_to_multiple(2 if attention == "cudnn" else 1) for branch in branches]
+        padded = [branch.make_even() if attention == "cudnn" else branch for branch in branches]
         for branch in padded:
             rope, seen = self._place(branch, seen)
             places.append((rope, seen))
@@ -241,7 +241,8 @@ class Llama(nnx.Module):
                 states.append(state)
             return states, None
 
-        x, lengths = [prompts, *(branch.embeds for branch in padded)], [prompts.shape[1]]
+        embeds = (constrain(branch.embeds, "batch", "length", "embed") for branch in padded)
+        x, lengths = [prompts, *embeds], [prompts.shape[1]]
         lengths += [branch.embeds.shape[1] for branch in branches]
         tapped = []
         if inner is None:
@@ -262,16 +263,13 @@ class Llama(nnx.Module):
         They equal those of `read_branches`. `caches` are [L, B, P, kv_heads, head_dim], as
         `prefill` and `extend_caches` return them; `mask` [B, P] is that of their tokens.
         """
-        padded = branch.pad_to_multiple(2 if attention == "cudnn" else 1)
-        x, _ = self._scan_caches(caches, mask, padded, attention, keep_cache=False)
-        return self.norm(x[:, : branch.embeds.shape[1]])
+        padded = branch.make_even() if attention == "cudnn" else branch
+        states, _ = self._scan_caches(caches, mask, padded, attention, keep_cache=False)
+        return self.norm(states[:, : branch.embeds.shape[1]])
 
-    def extend_caches(
-        self, caches: KVCache, mask: jax.Array, branch: Branch, *,
-        attention: AttentionKernel = "xla",
-    ) -> KVCache:  # fmt: skip
+    def extend_caches(self, caches: KVCache, mask: jax.Array, branch: Branch) -> KVCache:
         """Computes the keys and values [L, N, P + T, ...] of a branch with those before it."""
-        return self._scan_caches(caches, mask, branch, attention, keep_cache=True)[1]
+        return self._scan_caches(caches, mask, branch, "xla", keep_cache=True)[1]
 
     def _scan_caches(
         self, caches: KVCache, mask: jax.Array, branch: Branch, attention: AttentionKernel,

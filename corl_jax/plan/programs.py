@@ -20,9 +20,9 @@ from corl_jax.data.columns import IMAGE_COLUMN
 from corl_jax.devices.mesh import batch_sharding, param_shardings
 from corl_jax.params import merge, partition
 from corl_jax.policies.choices import split_steps
-from corl_jax.policies.family import NOISE_KEYS, PIXELS
+from corl_jax.policies.family import NOISE_KEYS
 from corl_jax.tasks import LATENTS, TASKS, TEXT, image_tasks, name_turns
-from corl_jax.train import build, fit
+from corl_jax.train import build
 from corl_jax.train.average import start_average
 from corl_jax.train.image_codes import reads_codes
 from corl_jax.train.memory import count_turn_tokens, get_segment_length
@@ -159,13 +159,10 @@ def make_batch(
         if segment.kind == TEXT:
             return dataclasses.replace(segment, logprobs=None, replay={})
         bits = jax.random.key_data(jax.random.key(0))
-        replay = {NOISE_KEYS: shape((rows, *bits.shape), bits.dtype)}
-        if fit.aligns_images(config):
-            side = outline.limits.input_image_side
-            replay[PIXELS] = shape((rows, side, side, 3), jnp.float32)
+        noise = {NOISE_KEYS: shape((rows, *bits.shape), bits.dtype)}
         # Latents of data are scored at one time, codes one by one.
         mask = shape(segment.values.shape[:2], jnp.bool_)
-        return Segment(segment.kind, segment.values, mask, replay=segment.replay | replay)
+        return Segment(segment.kind, segment.values, mask, replay=segment.replay | noise)
 
     samplers, params = build.make_samplers(outline), outline.family.abstract(outline.sizes)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))

@@ -109,7 +109,7 @@ def blank_ids(input_ids: jax.Array, special: SpecialTokens) -> jax.Array:
 
 
 class Prefix(NamedTuple):
-    """What the tokens of an image follow: B prompts, or one for all images; then plans, if any."""
+    """What the tokens of an image follow: B prompts, then plans, if there are any."""
 
     embeds: jax.Array  # [B, P, D], padded on the left
     mask: jax.Array  # [B, P] bool, True on real tokens
@@ -227,6 +227,7 @@ class JanusFlow(nnx.Module):
         """Returns the prefix of images behind plans [N, T] of `lengths` [N] tokens each."""
         prefix = self.make_prefix(prompts, special)
         branch = Branch(self.embed_text(plans), jnp.arange(plans.shape[1]) < lengths[:, None])
+        branch = branch.make_even()
         # The image follows the last token of its plan: no position is left out between them.
         first = jnp.repeat(prefix.first, len(plans) // len(prefix.first)) + lengths
         return prefix._replace(first=first, plans=(branch,))

@@ -112,7 +112,7 @@ def score_thinking(
     velocities = add_guidance(model, velocities, *inputs, prefix, options)
     # Tokens a, b after prompt p. Read: p, a, b; the states after p and a score a and b.
     last = repeat_rows(of_prompts[:, -1:], len(text.values) // len(of_prompts))
-    states = jnp.concatenate([last, of_plans[:, :-1]], axis=1)
+    states = jnp.concatenate([last, of_plans[:, : text.values.shape[1] - 1]], axis=1)
     return (
         chunked_logprobs(
             model.text_logits, states, text.values, options.temperature, options.chunk

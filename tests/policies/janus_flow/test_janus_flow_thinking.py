@@ -19,7 +19,7 @@ from corl_jax.devices.mesh import batch_sharding, make_mesh
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.completions import fold_image_keys
 from corl_jax.policies.family import Denoising, LogprobOptions, SamplingOptions
-from corl_jax.policies.janus_flow import thinking
+from corl_jax.policies.janus_flow import network, thinking
 from corl_jax.policies.janus_flow.layout import RULES
 from corl_jax.tasks import LATENTS, TEXT
 from tests.parity import torch_janus_flow
@@ -189,6 +189,27 @@ def test_one_token_of_a_plan_is_enough(params):
     text, steps = score(params, pad_left(PROMPTS, LENGTH), segments, make_scoring())
     np.testing.assert_allclose(text[0], segments[0].logprobs, atol=LOGPROBS)
     np.testing.assert_allclose(steps[0], segments[1].logprobs, atol=RATIO)
+
+
+def test_scoring_lowers_to_cudnn_for_nvidia(params, drawn, monkeypatch):
+    """With plans and images of odd lengths; cuDNN attends over even ones alone."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    assert NEW_TOKENS % 2 and CONFIG.num_image_tokens % 2 == 0  # and the token of the time
+    options, prompts = make_scoring(attention="cudnn"), pad_left(PROMPTS, LENGTH)
+
+    def loss(params):
+        rounded = network.cast(params, jnp.bfloat16)
+        scored = thinking.score_thinking(CONFIG, rounded, prompts, drawn, options)
+        return sum(logprobs.sum() for logprobs, *_ in scored)
+
+    traced = jax.jit(jax.grad(loss)).trace(params)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    lines = [line for line in text.splitlines() if "__cudnn$fmha" in line]
+    for direction in ("Softmax(", "SoftmaxBackward("):
+        # Prompt, plan and image; BOS and the image without them.
+        assert sum(direction in line for line in lines) >= 5, direction
 
 
 @pytest.mark.slow
