@@ -1,13 +1,13 @@
 """Writes an untrained mini or nano model of a family, for the supervised stages.
 
     python -m tools.small_models --out DIR [--family janus|janus-flow|show-o] [--size mini|nano]
-        [--seed 0] [--image-tokenizer JANUS]
+        [--seed 0] [--image-tokenizer MODEL]
     python -m tools.small_models roundtrip --model DIR [--rows 1000] [--seed 0]
 
 A Janus is written in transformers' layout, the others as their original files. The image tokenizer
-of a Show-o can begin as that of a small Janus, in place of random numbers. `roundtrip` encodes and
-decodes held-out images of the drawn world with a model's image tokenizer, and prints the share that
-the exact checker still accepts, with a 95% Wilson interval.
+of a Show-o can begin as that of a small Janus, in place of random numbers, that of a JanusFlow as
+another's. `roundtrip` encodes and decodes held-out images of the drawn world with a model's image
+tokenizer, and prints the share that the exact checker still accepts, with a 95% Wilson interval.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from corl_jax.weights.kinds import Assets
 from corl_jax.weights.sources import MemoryLeaves
 from tools.small_models import roundtrip
 from tools.small_models.families import FAMILIES, WORLDS
-from tools.small_models.sign_tokenizer import make_start
 
 
 def create_model(
@@ -41,14 +40,15 @@ def create_model(
     Raises: InputError if the directory holds files, or for an image tokenizer that does not fit.
     """
     made = FAMILIES[family]
-    janus = load_policy(image_tokenizer) if image_tokenizer else None
+    trained = load_policy(image_tokenizer) if image_tokenizer else None
     with create_folder(out) as folder, tempfile.TemporaryDirectory() as assets:
         tokenizer = made.train_tokenizer(seed, WORLDS[size])
         made.write_tokenizer(Path(assets), tokenizer, size)
         config = made.make_sizes(tokenizer, size)
         params = made.init(config, jax.random.key(seed))
-        if janus:
-            params["vqmodel"] = make_start(janus, config.magvit, seed, WORLDS[size])
+        if trained:
+            assert made.begin is not None, family
+            params |= made.begin(trained, config, seed, WORLDS[size])
         export = Export(
             kind=made.kind,
             layout=made.layout,
@@ -74,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--family", choices=tuple(FAMILIES), default="janus")
     parser.add_argument("--size", choices=tuple(WORLDS), default="mini", help="see *_sizes.py")
     parser.add_argument(
-        "--image-tokenizer", metavar="JANUS", help="of a Show-o: begins as that of this Janus"
+        "--image-tokenizer",
+        metavar="MODEL",
+        help="begins as that of this Janus (Show-o) or JanusFlow (JanusFlow)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the weights and the text, or of the images"
@@ -88,8 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     # argparse has no group of an option and a subcommand that exclude each other.
     if (args.command is None) == (args.out is None):
         parser.error("expected either --out DIR or roundtrip")
-    if args.image_tokenizer and args.family != "show-o":
-        parser.error("--image-tokenizer: expected --family show-o")
+    if args.image_tokenizer and FAMILIES[args.family].begin is None:
+        able = [name for name, made in FAMILIES.items() if made.begin]
+        parser.error(f"--image-tokenizer: expected --family {' or '.join(able)}")
     startup.check_jax_settings()
     startup.start_devices()
     if args.command == "roundtrip":

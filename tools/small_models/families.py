@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from tokenizers import Tokenizer
 
+from corl_jax.policies import Model
 from corl_jax.policies.janus import network as janus_network
 from corl_jax.policies.janus.checkpoint import KIND as JANUS
 from corl_jax.policies.janus_flow import network as janus_flow_network
@@ -21,6 +22,7 @@ from corl_jax.types import Params
 from corl_jax.weights.kinds import NetworkKind
 from tools.small_models import janus_flow_sizes, janus_sizes, show_o_sizes
 from tools.small_models import tokenizer as tokenizers
+from tools.small_models.sign_tokenizer import make_start
 
 WORLDS = {"mini": "full", "nano": "small"}
 """Size -> the drawn world that it is made for."""
@@ -37,6 +39,9 @@ class SmallFamily:
     train_tokenizer: Callable[[int, str], Tokenizer]  # (seed, world)
     write_tokenizer: Callable[[Path, Tokenizer, str], None]  # (folder, tokenizer, size)
     make_sizes: Callable[[Tokenizer, str], Any]  # (tokenizer, size)
+    # (trained model, sizes, seed, world) -> the part of the parameters that begins as its image
+    # tokenizer
+    begin: Callable[[Model, Any, int, str], Params] | None = None
 
 
 def _write_janus_tokenizer(folder: Path, tokenizer: Tokenizer, size: str) -> None:
@@ -83,6 +88,7 @@ FAMILIES = {
         make_sizes=lambda tokenizer, size: janus_flow_sizes.CONFIGS[size](
             tokenizers.count_embedding_rows(tokenizer)
         ),
+        begin=lambda model, config, seed, world: {"vae": janus_flow_sizes.take_vae(model, config)},
     ),
     "show-o": SmallFamily(
         kind=SHOW_O,
@@ -93,6 +99,9 @@ FAMILIES = {
         make_sizes=lambda tokenizer, size: show_o_sizes.CONFIGS[size](
             tokenizers.count_text_tokens(tokenizer)
         ),
+        begin=lambda model, config, seed, world: {
+            "vqmodel": make_start(model, config.magvit, seed, world)
+        },
     ),
 }
 """Name of a family on the command line -> how its small models are made."""

@@ -1,17 +1,23 @@
 """Sizes of the two small JanusFlow models: `mini` and `nano`.
 
 Language model and vision tower are those of the small Janus of the same name, so that images have
-its grid. The VAE makes 2x2 latents of 4 channels for each token, of 4 pixels a side each.
+its grid. Both have the same VAE, so that the mini's can begin as the nano's: for each token it
+makes 2x2 latents of 4 channels, of 4 pixels a side each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from corl_jax.errors import InputError
 from corl_jax.models.sd_vae import SdVaeConfig
 from corl_jax.models.uvit import UvitConfig
+from corl_jax.policies import Model
 from corl_jax.policies.janus_flow.network import JanusFlowConfig
+from corl_jax.types import Params
 from tools.small_models import janus_sizes
+
+VAE = SdVaeConfig(block_channels=(16, 32, 32), num_res_blocks=1, norm_groups=8)
 
 
 def make_mini_config(vocab_size: int) -> JanusFlowConfig:
@@ -23,7 +29,7 @@ def make_mini_config(vocab_size: int) -> JanusFlowConfig:
         uvit=UvitConfig(
             encoder_width=128, encoder_num_layers=1, decoder_width=128, decoder_num_layers=2
         ),
-        vae=SdVaeConfig(block_channels=(32, 64, 64), num_res_blocks=1, norm_groups=8),
+        vae=VAE,
     )
 
 
@@ -36,7 +42,7 @@ def make_nano_config(vocab_size: int) -> JanusFlowConfig:
         uvit=UvitConfig(
             encoder_width=64, encoder_num_layers=1, decoder_width=64, decoder_num_layers=1
         ),
-        vae=SdVaeConfig(block_channels=(16, 32, 32), num_res_blocks=1, norm_groups=8),
+        vae=VAE,
     )
 
 
@@ -44,3 +50,14 @@ CONFIGS: dict[str, Callable[[int], JanusFlowConfig]] = {
     "mini": make_mini_config,
     "nano": make_nano_config,
 }
+
+
+def take_vae(model: Model, config: JanusFlowConfig) -> Params:
+    """Returns the VAE of a JanusFlow, for another one of these sizes.
+
+    Raises: InputError for a model without such a VAE.
+    """
+    found = getattr(model.sizes, "vae", None)
+    if found != config.vae:
+        raise InputError(f"{model.folder}: its image tokenizer is {found}, expected {config.vae}")
+    return model.params["vae"]
