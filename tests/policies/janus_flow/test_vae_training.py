@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.sd_vae import SdVae
 from corl_jax.policies import load_policy
@@ -18,7 +19,7 @@ from tests.policies.janus_flow.test_janus_flow_training import run
 from tests.support import tiny_flow, tiny_runs, tiny_vae
 from tests.support.tolerances import NETWORK
 from tools.small_models.__main__ import main
-from tools.small_models.janus_flow_sizes import make_nano_config
+from tools.small_models.janus_flow_sizes import make_mini_config, make_nano_config, take_vae
 
 CONFIG = tiny_flow.CONFIG.vae
 
@@ -97,9 +98,20 @@ def test_the_stage_brings_latents_to_unit_size_and_exports_them(tmp_path, one_de
     np.testing.assert_array_equal(*heads)
 
 
-def test_the_start_of_a_nano_is_a_janus_flow_whose_parts_fit(tmp_path):
-    main(["--family", "janus-flow", "--size", "nano", "--out", str(tmp_path / "start")])
-    start = load_policy(tmp_path / "start")
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "start"
+    main(["--family", "janus-flow", "--size", "nano", "--out", str(out)])
+    return load_policy(out)
+
+
+def test_the_vae_of_a_mini_can_begin_as_that_of_a_nano(start):
+    assert take_vae(start, make_mini_config(512)) is start.params["vae"]
+    with pytest.raises(InputError, match="its image tokenizer is None, expected SdVaeConfig"):
+        take_vae(load_policy("nano"), make_mini_config(512))
+
+
+def test_the_start_of_a_nano_is_a_janus_flow_whose_parts_fit(start):
     assert start.family.name == "janus_flow"
     expected = make_nano_config(start.sizes.llama.vocab_size)
     assert dataclasses.asdict(start.sizes) == dataclasses.asdict(expected)
