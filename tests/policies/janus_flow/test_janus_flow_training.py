@@ -300,6 +300,22 @@ def test_guidance_reads_a_prompt_once():
         assert guided[name] == plain[name] > 0
 
 
+def test_each_plan_has_a_copy_of_its_prompt_in_front():
+    """`Llama.extend_caches` returns keys and values of prompts and plans, [L, N, P + T, ...]."""
+    config = config_files.load(
+        "configs/janus_flow_1_3b/think.yaml",
+        ["train.prompts_per_step=8", "rewards=[{name: t2i_pixel_mse}]"],
+    )
+    outline = resolve.outline_run(
+        config, FLOW, MANY_LAYERS, FLOW.stand_in_tokens, jax.devices()[:1]
+    )
+    estimate = memory.estimate_outline(outline, {"think": LONG}, lambda path: jnp.dtype("bfloat16"))
+    llama = MANY_LAYERS.llama
+    kept = 2 * 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim  # bytes of a token
+    tokens = PROMPTS * GROUP * (LONG + config.rollout.max_new_tokens)
+    assert estimate["sampling caches (largest task)"] * memory.GIB == tokens * kept
+
+
 @pytest.mark.slow
 def test_what_guidance_adds_is_what_the_compiler_adds():
     added, compiled = [], []
