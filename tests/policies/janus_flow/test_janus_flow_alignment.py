@@ -116,6 +116,8 @@ def test_a_run_raises_it_and_exports_no_projector(model, rows, tmp_path, one_dev
     exported = load_policy(tmp_path / "run" / "export")
     assert exported.sizes == load_policy(model).sizes
     assert "alignment_projector" not in exported.params
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "| optimizer | adamw, learning rate 0.003, image_head 0.01 |" in card
 
 
 @pytest.mark.slow
