@@ -135,6 +135,7 @@ def test_it_resumes_to_the_bit(model, rows, tmp_path, one_device):
     [
         ({"lora": {"rank": 2}}, "whose projector adapters do not train"),
         ({"sft": {"tasks": "mm2t", "caption_column": None, "repa_weight": 1.0}}, "has no effect"),
+        ({"sft": {"t2i_weight": 0, "caption_column": None, "repa_weight": 1.0}}, "has no effect"),
     ],
 )
 def test_what_cannot_be_aligned_is_told(
