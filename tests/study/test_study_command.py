@@ -210,7 +210,7 @@ def test_a_run_may_have_the_guidance_of_its_model(tmp_path):
     path.write_text(yaml.safe_dump(planned.model_dump(mode="json")))
     command.check_finished_runs(runs)
     runs = resolve_runs(make_study(tmp_path, overrides={"rollout.cfg_scale": 3.0}))
-    with pytest.raises(ValueError, match="cfg_scale: found 3.0, the run has 5.0"):
+    with pytest.raises(ValueError, match=r"cfg_scale: found 3\.0, the run has 5\.0"):
         command.check_finished_runs(runs)
 
 
