@@ -241,6 +241,23 @@ def test_a_plan_has_the_latents_that_a_run_has(model, rows, tmp_path, capsys):
     assert "codes to pixels" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["denoising.window=9"], "correct denoising.window, denoising.window_starts"),
+        (["denoising.dynamics=cps", "denoising.guard=ratio"], "correct denoising.guard"),
+        (["rollout.image_window=4"], "does not draw the codes of an image in windows; set it to 1"),
+        (["algorithm.tasks=self_qa"], "which a janus_flow does not make; choose another task"),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses(model, rows, tmp_path, capsys, overrides, message):
+    tree = make_options(model, rows, tmp_path / "run", algorithm={"tasks": "t2i"})
+    path = tiny_runs.write_config(tmp_path / "run.yaml", tree)
+    with pytest.raises(SystemExit) as error:
+        plan.main([str(path), "--topology", "local", "train.prompts_per_step=8", *overrides])
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
 # ---- guidance and memory
 
 
