@@ -89,6 +89,7 @@ READERS = (
            lambda config, _: config.sft.caption_column is None or _fine_tunes(config, TEXTS)),
     Reader(r"sft\.(t2i|repa)_weight", "a task that makes images",
            lambda config, _: _fine_tunes(config, IMAGES)),
+    Reader(r"sft\.repa_weight", "sft.t2i_weight above 0", lambda c, _: c.sft.t2i_weight != 0),
     Reader(
         r"rewards\.\d+\.(timeout_s|max_failures)", "a reward by `use`",
         lambda config, key: config.rewards[int(key.split(".")[1])].use is not None,

@@ -106,10 +106,12 @@ def check_finished_runs(runs: Mapping[str, StudyRun]) -> None:
                 old = parse_yaml(text)
             except (OSError, ValueError) as error:
                 raise InputError(f"{path}: unreadable: {error}; remove its run") from None
-            start = same_files.read_header(text)
-            list_config_changes(
-                old or {}, run.config.model_dump(mode="json"), str(path), start=start
-            )
+            old, new = old or {}, run.config.model_dump(mode="json")
+            rollout = old.get("rollout") if isinstance(old, dict) else None
+            if run.config.rollout.cfg_scale is None and isinstance(rollout, dict):
+                # The run has written the guidance that its model chose.
+                new["rollout"]["cfg_scale"] = rollout.get("cfg_scale")
+            list_config_changes(old, new, str(path), start=same_files.read_header(text))
     problems.raise_any()
 
 

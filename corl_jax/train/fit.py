@@ -41,7 +41,8 @@ def aligns_images(config: Config) -> bool:
     """Returns whether the run aligns states of images with an image encoder: sft.repa_weight."""
     stage, tasks = STAGES[config.stage], choose_tasks(config.sft.tasks)
     is_supervised = stage.uses_language_model and not stage.samples
-    return is_supervised and config.sft.repa_weight > 0 and bool(image_tasks(tasks))
+    has_images = bool(image_tasks(tasks)) and sft.choose_image_weight(config) > 0
+    return is_supervised and config.sft.repa_weight > 0 and has_images
 
 
 def choose_layout(config: Config, family: Family) -> Config:

@@ -223,7 +223,9 @@ def _count_cache(plan: RunOutline, turn: Turn, prompt: int, *, is_shared: bool) 
     completion = sum(get_segment_length(plan, kind) for kind in cached)
     if CODES in cached:
         completion += config.rollout.image_window - 1  # the last window may begin at the last code
-    tokens = prompt * (1 if is_shared else group) + group * completion
+    # An image by denoising behind a plan: the prompt is copied in front of each plan.
+    has_copies = plan.family.denoises and CODES in turn.segments and TEXT in turn.segments
+    tokens = prompt * (1 if is_shared and not has_copies else group) + group * completion
     per_token = 2 * limits.layers * limits.kv_heads * limits.head_dim
     share = num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"]
     return prompts * tokens * per_token // share

@@ -139,10 +139,11 @@ def _describe_training(config: Config, run: Run, step: int) -> str:
     """Returns the section with the data, and for reinforcement learning rewards and algorithm."""
     data = ", ".join(f"`{hide_folders(path)}`" for path in _list_paths(config))
     train, optimizer = config.train, config.optimizer
+    others = "".join(f", {name} {rate:g}" for name, rate in optimizer.learning_rates.items())
     rows = [
         ("data", f"{data}, {len(run.train_loader.source):,} rows"),
         ("steps", f"{step:,} of {train.prompts_per_step:,} prompts"),
-        ("optimizer", f"{optimizer.name}, learning rate {optimizer.learning_rate:g}"),
+        ("optimizer", f"{optimizer.name}, learning rate {optimizer.learning_rate:g}{others}"),
         ("adapters", f"rank {config.lora.rank}" if config.lora.rank else "none"),
     ]
     if train.ema_decay:

@@ -116,10 +116,15 @@ def outline_run(
     Without data a run's length is train.max_steps or 1; only the learning rate depends on it.
 
     Raises:
-        InputError: mesh, batch, lengths or trained parameters do not fit one another.
+        InputError: mesh, batch, lengths, trained parameters or options do not fit one another or
+            the model.
     """
     config, problems = fit.choose_guidance(config, family), Problems()
+    stage = STAGES[config.stage]
     problems.add(find_table_problems(config))
+    problems.add(find_missing_abilities(config, stage, family, sizes))
+    problems.add(find_denoising_problems(config, stage, family))
+    problems.add(fit.find_window_problems(config, family, family.limits(sizes)))
     mesh = problems.attempt(
         make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices
     )
@@ -132,9 +137,8 @@ def outline_run(
     problems.add(fit.find_length_problems(config, family.limits(sizes)))
     problems.raise_any()
     assert mesh
-    tasks = STAGES[config.stage].tasks(config)
     return RunOutline(
-        config, family, sizes, special, family.stand_in_image(sizes), mesh, tasks,
+        config, family, sizes, special, family.stand_in_image(sizes), mesh, stage.tasks(config),
         config.train.max_steps or 1,
     )  # fmt: skip
 

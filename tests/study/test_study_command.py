@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from corl_jax.policies import FAMILIES
 from corl_jax.report import __main__ as report
 from corl_jax.study import command, page
 from corl_jax.study.command import make_environment
@@ -22,6 +23,7 @@ from corl_jax.study.results import find_unknown_metrics, read_results
 from corl_jax.study.schema import Study, load_study
 from corl_jax.study.study_runs import count_completions, resolve_runs
 from corl_jax.study.table import make_csv, make_markdown
+from corl_jax.train import fit
 from tests.support import tiny_runs
 
 SECONDS = 300
@@ -196,6 +198,19 @@ def test_a_run_with_another_config_is_refused_before_anything_runs(tmp_path):
     command.check_finished_runs(runs)
     path.write_text(yaml.safe_dump(tree | {"seed": 4}))
     with pytest.raises(ValueError, match="seed: found 0, the run has 4"):
+        command.check_finished_runs(runs)
+
+
+def test_a_run_may_have_the_guidance_of_its_model(tmp_path):
+    """A run writes it where the study states none; a study that states another is refused."""
+    runs = resolve_runs(make_study(tmp_path, overrides={"rollout.cfg_scale": None}))
+    planned = fit.choose_guidance(runs["b/seed0"].config, FAMILIES["janus"])
+    path = tmp_path / "b" / "seed0" / "config.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(yaml.safe_dump(planned.model_dump(mode="json")))
+    command.check_finished_runs(runs)
+    runs = resolve_runs(make_study(tmp_path, overrides={"rollout.cfg_scale": 3.0}))
+    with pytest.raises(ValueError, match=r"cfg_scale: found 3\.0, the run has 5\.0"):
         command.check_finished_runs(runs)
 
 

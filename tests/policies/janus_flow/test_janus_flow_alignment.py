@@ -116,6 +116,8 @@ def test_a_run_raises_it_and_exports_no_projector(model, rows, tmp_path, one_dev
     exported = load_policy(tmp_path / "run" / "export")
     assert exported.sizes == load_policy(model).sizes
     assert "alignment_projector" not in exported.params
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "| optimizer | adamw, learning rate 0.003, image_head 0.01 |" in card
 
 
 @pytest.mark.slow
@@ -133,6 +135,7 @@ def test_it_resumes_to_the_bit(model, rows, tmp_path, one_device):
     [
         ({"lora": {"rank": 2}}, "whose projector adapters do not train"),
         ({"sft": {"tasks": "mm2t", "caption_column": None, "repa_weight": 1.0}}, "has no effect"),
+        ({"sft": {"t2i_weight": 0, "caption_column": None, "repa_weight": 1.0}}, "has no effect"),
     ],
 )
 def test_what_cannot_be_aligned_is_told(

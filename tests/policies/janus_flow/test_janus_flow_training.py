@@ -241,6 +241,23 @@ def test_a_plan_has_the_latents_that_a_run_has(model, rows, tmp_path, capsys):
     assert "codes to pixels" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["denoising.window=9"], "correct denoising.window, denoising.window_starts"),
+        (["denoising.dynamics=cps", "denoising.guard=ratio"], "correct denoising.guard"),
+        (["rollout.image_window=4"], "does not draw the codes of an image in windows; set it to 1"),
+        (["algorithm.tasks=self_qa"], "which a janus_flow does not make; choose another task"),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses(model, rows, tmp_path, capsys, overrides, message):
+    tree = make_options(model, rows, tmp_path / "run", algorithm={"tasks": "t2i"})
+    path = tiny_runs.write_config(tmp_path / "run.yaml", tree)
+    with pytest.raises(SystemExit) as error:
+        plan.main([str(path), "--topology", "local", "train.prompts_per_step=8", *overrides])
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
 # ---- guidance and memory
 
 
@@ -298,6 +315,22 @@ def test_guidance_reads_a_prompt_once():
     assert guided["activations (kept by remat)"] == (PROMPTS * LONG + 2 * images) * kept
     for name in ("sampling caches (largest task)", "attention scores (xla)"):
         assert guided[name] == plain[name] > 0
+
+
+def test_each_plan_has_a_copy_of_its_prompt_in_front():
+    """`Llama.extend_caches` returns keys and values of prompts and plans, [L, N, P + T, ...]."""
+    config = config_files.load(
+        "configs/janus_flow_1_3b/think.yaml",
+        ["train.prompts_per_step=8", "rewards=[{name: t2i_pixel_mse}]"],
+    )
+    outline = resolve.outline_run(
+        config, FLOW, MANY_LAYERS, FLOW.stand_in_tokens, jax.devices()[:1]
+    )
+    estimate = memory.estimate_outline(outline, {"think": LONG}, lambda path: jnp.dtype("bfloat16"))
+    llama = MANY_LAYERS.llama
+    kept = 2 * 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim  # bytes of a token
+    tokens = PROMPTS * GROUP * (LONG + config.rollout.max_new_tokens)
+    assert estimate["sampling caches (largest task)"] * memory.GIB == tokens * kept
 
 
 @pytest.mark.slow
