@@ -77,6 +77,14 @@ def test_the_noise_differs_from_batch_to_batch():
     assert (keys[0] == keys[1]).all() and (keys[0] != keys[2]).any()
 
 
+def test_the_noise_does_not_depend_on_the_order_of_sums():
+    """Devices add up their own pixels first."""
+    for seed in range(8):
+        pixels = make_pixels(rows=8, seed=seed)
+        keys = [jax.random.key_data(make_key(x)) for x in (pixels, pixels[::-1, ::-1])]
+        np.testing.assert_array_equal(*keys)
+
+
 def test_the_stage_brings_latents_to_unit_size_and_exports_them(tmp_path, one_device):
     model = tiny_flow.model_dir(tmp_path / "flow", layout="original")
     rows = tiny_runs.rows_file(tmp_path / "rows.parquet")
