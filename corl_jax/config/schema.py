@@ -421,7 +421,7 @@ class Export(Section):
     layout: Literal["auto", "transformers", "original", "jax", "none"] = option(
         "auto",
         "Layout of the exported model. auto: the usual one of its family, transformers of a Janus "
-        "and original of a Show-o; none: no export.",
+        "and original of the others; none: no export.",
     )
     dtype: Literal["keep", "float32", "bfloat16"] = option(
         "keep", "dtype of the exported tensors. keep: that of each tensor in model.path."
