@@ -193,7 +193,7 @@ def test_shipped_studies_resolve(name):
 
 def test_shipped_studies_make_the_same_data_in_the_same_folder():
     """A folder that is there is not made again, so another study's rows would be taken."""
-    commands = {}
+    found = {}
     for name in list_studies():
-        for path, command in load_study(find_study(name)).prepare.items():
-            assert commands.setdefault(path, command) == command, (name, path)
+        for path, words in load_study(find_study(name)).prepare.items():
+            assert found.setdefault(path, words) == words, (name, path)
