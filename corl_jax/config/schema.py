@@ -104,8 +104,8 @@ class Rollout(Section):
     )
     image_window: Positive = option(
         1,
-        "Codes of an image that one pass of the sampler reads: the last one, and guesses of the "
-        "next. Larger windows draw the same images in fewer, longer passes; "
+        "Codes of an image that one pass of a Janus's sampler reads: the last one, and guesses of "
+        "the next. Larger windows draw the same images, up to rounding, in fewer, longer passes; "
         "docs/measured/performance.md. 1: code by code.",
     )
     max_new_tokens: Positive = option(512, "Most tokens of a text completion. [P]")

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.sd_vae import SdVae
 from corl_jax.policies import load_policy
@@ -18,7 +19,8 @@ from tests.policies.janus_flow.test_janus_flow_training import run
 from tests.support import tiny_flow, tiny_runs, tiny_vae
 from tests.support.tolerances import NETWORK
 from tools.small_models.__main__ import main
-from tools.small_models.janus_flow_sizes import make_nano_config
+from tools.small_models.families import FAMILIES
+from tools.small_models.janus_flow_sizes import make_mini_config, make_nano_config, take_vae
 
 CONFIG = tiny_flow.CONFIG.vae
 
@@ -120,3 +122,15 @@ def test_the_start_of_a_nano_is_a_janus_flow_whose_parts_fit(tmp_path):
     assert start.processor.decode(start.processor.answer_ids(text)) == text
     words = re.findall(r"\w+|[.,]", SYSTEM_PROMPT)
     assert len(start.processor.answer_ids(SYSTEM_PROMPT)) == len(words), "each is one token"
+
+    # The mini begins with the same VAE.
+    begin = FAMILIES["janus-flow"].begin
+    assert begin is not None
+    begun = begin(start, make_mini_config(start.sizes.llama.vocab_size), 0, "full")
+    assert begun == {"vae": start.params["vae"]}
+
+
+def test_the_vae_of_another_model_does_not_fit():
+    janus = load_policy("nano")
+    with pytest.raises(InputError, match="its image tokenizer is None, expected SdVaeConfig"):
+        take_vae(janus, make_nano_config(640))
