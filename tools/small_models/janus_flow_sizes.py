@@ -57,7 +57,7 @@ def take_vae(model: Model, config: JanusFlowConfig) -> Params:
 
     Raises: InputError for a model without such a VAE.
     """
-    found = getattr(model.sizes, "vae", None)
-    if found != config.vae:
-        raise InputError(f"{model.folder}: its image tokenizer is {found}, expected {config.vae}")
+    vae = getattr(model.sizes, "vae", None)
+    if vae != config.vae:
+        raise InputError(f"{model.folder}: its image tokenizer is {vae}, expected {config.vae}")
     return model.params["vae"]
