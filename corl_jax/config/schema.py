@@ -104,8 +104,8 @@ class Rollout(Section):
     )
     image_window: Positive = option(
         1,
-        "Codes of an image that one pass of the sampler reads: the last one, and guesses of the "
-        "next. Larger windows draw the same images in fewer, longer passes; "
+        "Codes of an image that one pass of a Janus's sampler reads: the last one, and guesses of "
+        "the next. Larger windows draw the same images, up to rounding, in fewer, longer passes; "
         "docs/measured/performance.md. 1: code by code.",
     )
     max_new_tokens: Positive = option(512, "Most tokens of a text completion. [P]")
@@ -421,7 +421,7 @@ class Export(Section):
     layout: Literal["auto", "transformers", "original", "jax", "none"] = option(
         "auto",
         "Layout of the exported model. auto: the usual one of its family, transformers of a Janus "
-        "and original of a Show-o; none: no export.",
+        "and original of the others; none: no export.",
     )
     dtype: Literal["keep", "float32", "bfloat16"] = option(
         "keep", "dtype of the exported tensors. keep: that of each tensor in model.path."

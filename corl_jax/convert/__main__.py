@@ -1,4 +1,4 @@
-"""Converts, inspects and compares checkpoints of Janus, Show-o and reward networks.
+"""Converts, inspects and compares checkpoints of policies and reward networks.
 
 corl-jax convert to-jax SRC DST [--model KIND]
 corl-jax convert to-torch SRC DST --format original|transformers [--base DIR]
@@ -6,9 +6,10 @@ corl-jax convert inspect SRC
 corl-jax convert verify A B
 
 SRC, A and B are directories of any layout (original, transformers or jax) or hub ids. All but
-`to-torch` also take reward networks: KIND is janus, show_o, bert, blip, clip, vgg (VGG16 with the
-heads of LPIPS) or aesthetic. It is needed only where config.json does not state it. The folder of a
-Show-o has the folders magvitv2 and phi-1_5 in it or beside it.
+`to-torch` also take reward networks: KIND is janus, janus_flow, show_o, bert, blip, clip, vgg
+(VGG16 with the heads of LPIPS), aesthetic, mask2former or sd_vae. It is needed only where
+config.json does not state it. The folder of a Show-o has the folders magvitv2 and phi-1_5 in it or
+beside it, that of a JanusFlow has its VAE in vae.
 Exit codes: 0 done, 1 verify found a difference, 2 bad input.
 """
 

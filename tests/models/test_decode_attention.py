@@ -170,8 +170,10 @@ def test_caches_keep_the_compute_dtype(tiny_config, tiny_params):
 
 
 @pytest.mark.parametrize("copied", [False, True])
-@pytest.mark.parametrize("program", ["image_program", "text_program"])
-def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program, copied):
+@pytest.mark.parametrize(
+    ("program", "window"), [("image_program", 1), ("image_program", 3), ("text_program", 1)]
+)
+def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program, window, copied):
     """A fused call a layer with a short prompt, one more for a long one, of the expected shapes."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -184,7 +186,8 @@ def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program, c
     keys = jax.eval_shape(lambda: sample_keys(0, np.arange(rows), GROUP))
     options = {"special": special, "greedy": False, "dtype": jnp.bfloat16, "attention": "cudnn"}
     if program == "image_program":
-        options, scalars, width = {**options, "guided": True, "image_logprobs": "guided"}, 2, 2
+        options |= {"guided": True, "image_logprobs": "guided", "window": window}
+        scalars, width = 2, 2
     else:
         options, scalars, width = {**options, "max_new_tokens": 9, "top_k": 0, "top_p": 1.0}, 1, 1
     traced = getattr(sampling, program).default.trace(
@@ -193,7 +196,7 @@ def test_samplers_lower_to_cudnn_for_nvidia(monkeypatch, tiny_config, program, c
     )  # fmt: skip
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "__cudnn$fmhaSoftmax" in line]
-    steps = tiny_config.num_image_tokens if width == 2 else 9
+    steps = tiny_config.num_image_tokens + window - 1 if width == 2 else 9
     own = f"{width * rows * GROUP}x{steps + length * copied}x2x8xbf16"
     assert sum(line.count(f"tensor<{own}>") == 2 for line in calls) == tiny_config.llama.num_layers
     assert len(calls) == tiny_config.llama.num_layers * (1 if copied else 2)

@@ -189,3 +189,11 @@ def test_shipped_studies_resolve(name):
     assert not [*list_warnings(study, runs)]
     head = path.read_text()
     assert re.search(rf"^# Command:  corl-jax study {name}( |\n)", head, re.MULTILINE)
+
+
+def test_shipped_studies_make_the_same_data_in_the_same_folder():
+    """A folder that is there is not made again, so another study's rows would be taken."""
+    found = {}
+    for name in list_studies():
+        for path, words in load_study(find_study(name)).prepare.items():
+            assert found.setdefault(path, words) == words, (name, path)

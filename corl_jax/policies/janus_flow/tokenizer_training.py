@@ -61,4 +61,6 @@ def vae_loss(
 
 def make_key(pixels: jax.Array) -> jax.Array:
     """Makes a random key that differs from batch to batch."""
-    return jax.random.fold_in(jax.random.key(0), lax.bitcast_convert_type(pixels.sum(), jnp.uint32))
+    # A sum of integers: that of numbers depends on its order, and so on the number of devices.
+    bits = lax.bitcast_convert_type(pixels.astype(jnp.float32), jnp.uint32)
+    return jax.random.fold_in(jax.random.key(0), bits.sum(dtype=jnp.uint32))

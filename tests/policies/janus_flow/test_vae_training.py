@@ -19,6 +19,7 @@ from tests.policies.janus_flow.test_janus_flow_training import run
 from tests.support import tiny_flow, tiny_runs, tiny_vae
 from tests.support.tolerances import NETWORK
 from tools.small_models.__main__ import main
+from tools.small_models.families import FAMILIES
 from tools.small_models.janus_flow_sizes import make_mini_config, make_nano_config, take_vae
 
 CONFIG = tiny_flow.CONFIG.vae
@@ -78,6 +79,14 @@ def test_the_noise_differs_from_batch_to_batch():
     assert (keys[0] == keys[1]).all() and (keys[0] != keys[2]).any()
 
 
+def test_the_noise_does_not_depend_on_the_order_of_sums():
+    """Devices add up their own pixels first."""
+    for seed in range(8):
+        pixels = make_pixels(rows=8, seed=seed)
+        keys = [jax.random.key_data(make_key(x)) for x in (pixels, pixels[::-1, ::-1])]
+        np.testing.assert_array_equal(*keys)
+
+
 def test_the_stage_brings_latents_to_unit_size_and_exports_them(tmp_path, one_device):
     model = tiny_flow.model_dir(tmp_path / "flow", layout="original")
     rows = tiny_runs.rows_file(tmp_path / "rows.parquet")
@@ -124,3 +133,15 @@ def test_the_start_of_a_nano_is_a_janus_flow_whose_parts_fit(start):
     assert start.processor.decode(start.processor.answer_ids(text)) == text
     words = re.findall(r"\w+|[.,]", SYSTEM_PROMPT)
     assert len(start.processor.answer_ids(SYSTEM_PROMPT)) == len(words), "each is one token"
+
+    # The mini begins with the same VAE.
+    begin = FAMILIES["janus-flow"].begin
+    assert begin is not None
+    begun = begin(start, make_mini_config(start.sizes.llama.vocab_size), 0, "full")
+    assert begun == {"vae": start.params["vae"]}
+
+
+def test_the_vae_of_another_model_does_not_fit():
+    janus = load_policy("nano")
+    with pytest.raises(InputError, match="its image tokenizer is None, expected SdVaeConfig"):
+        take_vae(janus, make_nano_config(640))
