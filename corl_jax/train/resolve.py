@@ -116,18 +116,16 @@ def outline_run(
     Without data a run's length is train.max_steps or 1; only the learning rate depends on it.
 
     Raises:
-        InputError: mesh, batch, lengths, trained parameters or options do not fit one another or
-            the model.
+        InputError: mesh, batch, lengths, trained parameters or options do not fit.
     """
-    config, problems = fit.choose_guidance(config, family), Problems()
-    stage = STAGES[config.stage]
+    problems, stage = Problems(), STAGES[config.stage]
+    config = fit.choose_guidance(config, family)
     problems.add(find_table_problems(config))
-    problems.add(find_missing_abilities(config, stage, family, sizes))
-    problems.add(find_denoising_problems(config, stage, family))
+    missing = find_missing_abilities(config, stage, family, sizes)
+    problems.add([*missing, *find_denoising_problems(config, stage, family)])
     problems.add(fit.find_window_problems(config, family, family.limits(sizes)))
-    mesh = problems.attempt(
-        make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices
-    )
+    axes = config.mesh
+    mesh = problems.attempt(make_mesh, axes.data, axes.fsdp, axes.tensor, devices)
     sizes = problems.attempt(fit.add_parts, config, family, sizes) or sizes
     if mesh:
         problems.add(fit.find_batch_problems(config, mesh))
