@@ -565,7 +565,7 @@ def test_options_that_a_model_does_not_read_are_refused(model_dir, tmp_path, cap
     ],
 )
 def test_each_family_reads_its_own_options_of_images(family, given, keys):
-    options = {"image_steps": None, "temperature": None, "greedy": None} | given
+    options = {"image_steps": None, "temperature": None, "greedy": None, "think": False} | given
     model = SimpleNamespace(family=policies.FAMILIES[family])
     problems = inference.find_unread_image_options(model, SimpleNamespace(**options), str)
     assert [problem.partition(":")[0] for problem in problems] == keys

@@ -59,5 +59,8 @@ def take_vae(model: Model, config: JanusFlowConfig) -> Params:
     """
     sizes = getattr(model.sizes, "vae", None)
     if sizes != config.vae:
-        raise InputError(f"{model.folder}: its image tokenizer is {sizes}, expected {config.vae}")
+        raise InputError(
+            f"{model.folder}: its image tokenizer is {sizes}, expected {config.vae}; "
+            "name a JanusFlow that this command made"
+        )
     return model.params["vae"]
