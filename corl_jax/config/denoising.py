@@ -37,6 +37,11 @@ class Denoising(Section):
     window_starts: Positive = option(
         1, "The window begins at one of the first so many steps, drawn for each prompt."
     )
+    same_noise: bool = option(
+        False,
+        "Whether all images of a prompt begin with the same noise, as in DanceGRPO and MixGRPO. "
+        "Then they differ by the noise of their steps alone, which is what is trained.",
+    )
     kl: Literal["gaussian", "gaussian_no_dt", "latent_mse", "velocity_mse"] = option(
         "gaussian",
         "Divergence of a step from the reference's. gaussian: the true one; gaussian_no_dt: "

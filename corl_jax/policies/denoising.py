@@ -55,7 +55,8 @@ def draw_latents(
     sde = denoising.sde
     # float32 in any compute dtype: rounding to bfloat16 would move a log-prob by many clip ranges
     # where a step has little noise.
-    start = draw_noise(keys, shape).astype(DTYPES[sde.latent_dtype])
+    firsts = jnp.repeat(keys[::group_size], group_size) if denoising.same_noise else keys
+    start = draw_noise(firsts, shape).astype(DTYPES[sde.latent_dtype])
     if denoising.is_greedy:
         images = integrate_ode(velocity, start, sigmas)
         return Segment(LATENTS, images[:, None], jnp.ones((len(keys), len(sigmas) - 1), bool))

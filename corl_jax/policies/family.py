@@ -55,6 +55,7 @@ class Denoising:
     sde: Sde = dataclasses.field(default_factory=lambda: Sde("ode"))
     # The steps that have noise, and are scored.
     window: Window = dataclasses.field(default_factory=Window)
+    same_noise: bool = False  # all images of a prompt begin with the first one's noise
     kl: str = "gaussian"  # divergence from the reference
     num_tokens: int | None = None  # latent tokens of an image, which the schedule `dynamic` reads
 

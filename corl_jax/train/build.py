@@ -307,7 +307,7 @@ def choose_denoising(plan: RunOutline, *, evaluates: bool = False) -> Denoising:
         return choose_eval_denoising(options, tokens)
     return Denoising(
         options.steps, options.schedule, options.shift,
-        choose_sde(options), choose_window(options), options.kl, tokens,
+        choose_sde(options), choose_window(options), options.same_noise, options.kl, tokens,
     )  # fmt: skip
 
 

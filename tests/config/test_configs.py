@@ -49,11 +49,11 @@ PARADIGMS = ("t2i", "mm2t", "alternating", "cold_sft")
 SELF = ("self_qa", "self_sft", "self_sft_through")
 DEVICES = (1, 2, 4, 8)
 # 15 of them choose between algorithms of the field: a row of RECIPES gives each its default, and
-# few configs set one. 4 belong to models that draw the codes of an image in any order, and 12 to
+# few configs set one. 4 belong to models that draw the codes of an image in any order, and 13 to
 # those that make images by denoising. 1 has the learning rates of groups of parameters, 1 the
 # alignment with an image encoder, and `rollout.image_window` trades the length of a pass for their
 # number: which window pays depends on the device, the rows and the trained model.
-MAX_OPTIONS = 147
+MAX_OPTIONS = 148
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 FILE_ENDINGS = (".py", ".yaml", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".html")
 

@@ -174,3 +174,14 @@ def test_latents_are_stored_in_the_chosen_dtype():
     logprobs, *_ = score_latents(lambda x, t: x.astype(jnp.float32), drawn, denoising)
     assert logprobs.dtype == jnp.float32
     np.testing.assert_allclose(logprobs, np.asarray(drawn.logprobs), atol=1e-6)
+
+
+def test_images_of_a_prompt_begin_with_the_same_noise():
+    denoising = Denoising(6, sde=Sde("flow"), window=Window(2, (0, 3)), same_noise=True)
+    latents = np.asarray(draw_latents(shrink, KEYS[:6], 2, SHAPE, denoising).values)
+    first, second = latents[::2], latents[1::2]
+    assert np.array_equal(first[:, 0], second[:, 0])
+    assert not np.isclose(first[:, -1], second[:, -1]).any(), "their steps have noise of their own"
+    assert not np.isclose(first[0, 0], first[1, 0]).any(), "another prompt has other noise"
+    others = draw_latents(shrink, KEYS[2:6], 2, SHAPE, denoising).values
+    assert np.array_equal(latents[2:], np.asarray(others)), "no prompt depends on the others"
