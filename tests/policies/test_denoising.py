@@ -61,12 +61,14 @@ def test_the_velocity_from_a_given_image_to_its_noise_has_no_error():
     np.testing.assert_allclose(scores, -0.25, rtol=1e-4)
 
 
+def shrink(latents, times):
+    """The velocity of a network that makes latents smaller."""
+    return latents * spread(times)
+
+
 @pytest.mark.parametrize("kind", KL_KINDS)
 def test_a_step_has_the_divergence_of_its_own_place_in_the_schedule(kind):
     denoising = Denoising(6, sde=Sde("flow"), window=Window(2, (0, 3)), kl=kind)
-
-    def shrink(latents, times):
-        return latents * spread(times)
 
     drawn = draw_latents(shrink, KEYS[:6], 2, SHAPE, denoising)
     steps = np.asarray(drawn.replay[STEPS])
@@ -128,9 +130,6 @@ def test_the_sampler_keeps_what_the_guard_reads(guard):
     """At the policy that sampled every log-ratio is 0; plain steps keep no means."""
     denoising = Denoising(6, sde=Sde("flow", guard=guard), window=Window(2, (0, 3)))
 
-    def shrink(latents, times):
-        return latents * spread(times)
-
     drawn = draw_latents(shrink, KEYS[:6], 2, SHAPE, denoising)
     plain = draw_latents(shrink, KEYS[:6], 2, SHAPE, Denoising(6, sde=Sde("flow"),
                          window=Window(2, (0, 3))))  # fmt: skip
@@ -148,9 +147,6 @@ def test_the_sampler_keeps_what_the_guard_reads(guard):
 
 def test_the_guards_log_ratios_have_mean_zero():
     """E[log rho'] = 0 over the sampler's noise, where the plain log-ratio is below 0."""
-
-    def shrink(latents, times):
-        return latents * spread(times)
 
     def score(guard):
         denoising = Denoising(4, sde=Sde("flow", guard=guard), window=Window(1, (3, 3)))
