@@ -49,6 +49,7 @@ def test_every_hparam_is_an_option():
         {"output_dir": "r", "model": {"path": "m"}, "data": {"path": "d"},
          "rewards": [{"name": "format"}]}, "test",
     ).model_dump(mode="json")  # fmt: skip
+    tree["rollout"]["cfg_scale"] = 5.0  # the model's own, which a run fills in
     values = [dashboard.find_option(tree, key) for key in dashboard.HPARAMS]
     assert all(isinstance(value, str | int | float | bool) for value in values)
 

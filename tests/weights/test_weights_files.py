@@ -224,7 +224,7 @@ def test_an_export_writes_each_layer_in_the_type_of_its_source(dirs, hf_state, t
             source_dtypes=read_stored_dtypes(folder, KIND, config),
             layer_dtypes=read_layer_dtypes(folder, KIND, config),
         ),
-        SimpleNamespace(params=trained), folder, primary=True,
+        SimpleNamespace(params=trained, average=None), folder, primary=True,
     )  # fmt: skip
     expected = {
         key: (value.astype(np.float32) + np.float32(0.25)).astype(value.dtype)
