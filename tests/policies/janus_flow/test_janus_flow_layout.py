@@ -53,6 +53,7 @@ def make_batch(config) -> tuple[EncodedPrompts, jax.Array, jax.Array]:
     return EncodedPrompts(ids, mask), jnp.asarray(latents), jnp.asarray(times)
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_computes(config, params):
     """Velocities with guidance, and the gradient of everything that is trained."""
     mesh = make_mesh(2, 2, 2)

@@ -88,6 +88,7 @@ def test_both_tasks_with_several_updates_and_micro_batches(model, rows, tmp_path
     assert all(np.array_equal(again[path], leaf) for path, leaf in found.items())
 
 
+@pytest.mark.slow
 def test_plans_and_their_images_with_several_updates_and_micro_batches(
     model, rows, tmp_path, one_device, capsys
 ):
@@ -140,6 +141,7 @@ def test_micro_batches_change_nothing(model, rows, tmp_path, one_device, dynamic
     assert max(line["t2i/ratio_first"] for line in (whole, pieces)) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_guard_trains_on_rounded_latents(model, rows, tmp_path, one_device):
     """Both options go from the config to the loss; the guard's ratio starts at 1 as the plain."""
     line = run(
