@@ -25,6 +25,10 @@ STARTS = {
         "The nano Show-o", "nano-show-o", "nano_show_o", "the original code",
         "nano_show_o/unified", "runs/quickstart_show_o",
     ),
+    "janus-flow": Start(
+        "The nano JanusFlow", "nano-janus-flow", "nano_janus_flow", "the original code",
+        "nano_janus_flow/unified", "runs/quickstart_janus_flow",
+    ),
 }  # fmt: skip
 """Name in the option --model -> what the quickstart trains."""
 
