@@ -40,12 +40,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import gc
-import importlib.metadata
 import json
 import math
-import platform
 import shlex
 import sys
 import tempfile
@@ -79,6 +76,7 @@ from tools.bench import (
     windows,
 )
 from tools.bench.ceilings import measure_ceilings
+from tools.bench.environment import describe_environment
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.sizes import SIZES, add_adapters
 from tools.bench.timing import HEADER, Record
@@ -110,7 +108,6 @@ SPLIT = ("layouts",)  # parts for a mesh that splits matrices
 WITH_ADAPTERS = ("train", "iteration", "image", "text", "gradients")  # parts that --lora changes
 # --lora changes these too; they are no usual parts of every size
 PASSES = ("forward", "logprobs", "unguided", "train_image", "recipe")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -294,22 +291,6 @@ def _list_mesh_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def describe_environment(argv: list[str], mesh: str) -> dict[str, Any]:
-    """Returns date, command, devices and versions of the measurement."""
-    device = jax.local_devices()[0]
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "record": "environment",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "tools.bench", *argv]),
-        "device": device.device_kind,
-        "platform": device.platform,
-        "devices": jax.local_device_count(),
-        "mesh": parse_axes(mesh),
-        "versions": {"python": platform.python_version(), **versions},
-    }
-
-
 def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
     """Measures the parts one after another; returns those that did not fit into memory."""
     size, failed, axes = SIZES[args.size], [], parse_axes(args.mesh)
@@ -373,8 +354,12 @@ def main(argv: list[str] | None = None) -> None:
             print(record.format_row(), flush=True)
             write_line({"record": "result", "size": args.size, **record.to_json()})
 
-        details = describe_environment(sys.argv[1:] if argv is None else argv, args.mesh)
-        write_line(details | {"peer": peers.environment})
+        details = describe_environment()
+        said = shlex.join(
+            ["python", "-m", "tools.bench", *(sys.argv[1:] if argv is None else argv)]
+        )
+        first = {"record": "environment", "command": said, "mesh": parse_axes(args.mesh)}
+        write_line(first | details | {"peer": peers.environment})
         print(f"{details['device']}, {details['versions']}", flush=True)
         print(f"{peers.environment}\n{HEADER}" if args.peer else HEADER, flush=True)
         for record in peers.records:
