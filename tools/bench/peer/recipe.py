@@ -5,6 +5,7 @@ The loops are those of the other parts. Reward networks are transformers' CLIP.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import tempfile
@@ -75,9 +76,6 @@ def time_steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
 def start(peer: Peer, folder: Path) -> Training:
     """Returns the training of the recipe: its parameters, its optimizer and its networks."""
     recipe, model = choose_recipe(peer.rank is not None), peer.model
-    # As in the language of XLA's default: products of float32 in TF32.
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
     model.requires_grad_(False)
     reference = copy.deepcopy(model.model.language_model) if recipe.kl_coef else None
     if peer.rank is None:
@@ -117,9 +115,21 @@ def make_scorer(peer: Peer, name: str, texts: list[str], folder: Path) -> Scorer
         ids = clip_scores.tokenize_prompts(network, texts)
         size = clip_scores.IMAGES_AT_ONCE
         pieces = [slice(first, first + size) for first in range(0, len(pixels), size)]
-        return torch.cat([score_piece(pixels[rows], ids[rows]) for rows in pieces])
+        with use_tf32():
+            return torch.cat([score_piece(pixels[rows], ids[rows]) for rows in pieces])
 
     return score
+
+
+@contextlib.contextmanager
+def use_tf32() -> Iterator[None]:
+    """Computes products of float32 in TF32, as XLA does; PyTorch's convolutions do so anyway."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def write_clip_config(config: ClipConfig) -> CLIPConfig:
