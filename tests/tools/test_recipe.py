@@ -31,13 +31,14 @@ SIZE = SIZES["tiny"]
 PROMPTS, GROUP = 4, 2
 
 
-def make_peer(tmp_path, rank: int | None = None) -> Peer:
+def make_peer(tmp_path, rank: int | None = None, plan: int = 0) -> Peer:
     torch.manual_seed(0)
     special = SIZE.measured.write_processor(tmp_path / "policy", SIZE.policy).special
     network = peer_model.build(SIZE, special, "cpu")
     return Peer(
-        SIZE, special, PROMPTS, GROUP, 1, "cpu", network, micro_batch=2, batch_prompts=2, rank=rank
-    )
+        SIZE, special, PROMPTS, GROUP, 1, "cpu", network, micro_batch=2, batch_prompts=2, rank=rank,
+        plan=plan,
+    )  # fmt: skip
 
 
 def copy_parameters(network) -> dict[str, torch.Tensor]:
@@ -113,7 +114,7 @@ def test_advantages_are_those_of_the_project(tmp_path):
     run = dataclasses.replace(
         peer_recipe.start(make_peer(tmp_path, rank=2), tmp_path), scorers=[lambda images: scores]
     )
-    codes = torch.zeros((PROMPTS * GROUP, SIZE.limits.image_tokens), dtype=torch.long)
+    codes = np.zeros((PROMPTS * GROUP, SIZE.limits.image_tokens), np.int32)
     expected = compute_group_advantages(jnp.asarray(scores.numpy()), GROUP, 1e-4, "group")
     np.testing.assert_allclose(peer_recipe.score_codes(run, codes), expected, rtol=1e-5)
 
@@ -123,17 +124,42 @@ def test_a_step_of_all_parameters_trains_the_language_model_alone(tmp_path):
     run = peer_recipe.start(peer, tmp_path)
     assert len(run.scorers) == 3 and run.reference is not None
     before, reference = copy_parameters(peer.model), copy_parameters(run.reference)
-    codes = peer_recipe.draw_codes(run, 3)
-    assert codes.shape == (PROMPTS * GROUP, SIZE.limits.image_tokens)
-    advantages = peer_recipe.score_codes(run, codes)
+    drawn = peer_recipe.draw(run, 3)
+    assert drawn.codes.shape == (PROMPTS * GROUP, SIZE.limits.image_tokens)
+    assert drawn.plans is None
+    advantages = peer_recipe.score_codes(run, drawn.codes)
     assert (advantages.view(PROMPTS, GROUP).sum(1).abs() < 1e-3).all()
-    peer_recipe.update_policy(run, codes, advantages)
+    peer_recipe.update_policy(run, drawn, advantages)
     moved = {name for name, value in peer.model.named_parameters() if not value.equal(before[name])}
     assert moved and all(name.startswith("model.language_model.") for name in moved)
     assert {name.split(".")[-2] for name in moved} >= set(TARGETS)
     after = copy_parameters(run.reference)
     assert all(value.equal(after[name]) for name, value in reference.items())
     assert {value.dtype for value in run.trained} == {torch.bfloat16}
+
+
+def test_plans_are_sampled_and_scored_in_front_of_their_images(tmp_path):
+    """Images of the same codes behind other plans have other log-probs, plans do not see them."""
+    peer = make_peer(tmp_path, plan=5)
+    run = peer_recipe.start(peer, tmp_path)
+    drawn = peer_recipe.draw(run, 3)
+    assert drawn.plans is not None and drawn.plans.shape == (PROMPTS * GROUP, 5)
+    context = peer_recipe.add_plans(peer, drawn.prompts, drawn.plans)
+    assert context.input_ids.shape[1] == SIZE.image_prompt + 5
+    assert (context.input_ids[:, -1] == peer.special.boi).all()
+    assert not (drawn.prompts.input_ids == peer.special.boi).any()
+    with torch.no_grad():
+        texts, images = peer_recipe.compute_logprobs(peer, drawn)
+        other = dataclasses.replace(drawn, plans=(drawn.plans + 1) % 100)
+        _, behind_others = peer_recipe.compute_logprobs(peer, other)
+        other = dataclasses.replace(drawn, codes=(drawn.codes + 1) % 100)
+        same_texts, _ = peer_recipe.compute_logprobs(peer, other)
+    assert texts.shape == (PROMPTS * GROUP, 5) and images.shape == drawn.codes.shape
+    assert not torch.allclose(images, behind_others, atol=1e-3)
+    torch.testing.assert_close(texts, same_texts, atol=1e-3, rtol=0)
+    before = copy_parameters(peer.model)
+    peer_recipe.update_policy(run, drawn, torch.arange(8.0) - 3.5)
+    assert not peer.model.lm_head.weight.equal(before["lm_head.weight"])
 
 
 def test_a_step_of_adapters_trains_them_alone(tmp_path):
@@ -155,7 +181,7 @@ def test_micro_batches_change_no_gradient(tmp_path, monkeypatch):
     """Of one step on the same images, up to rounding in bfloat16."""
     peer = make_peer(tmp_path)
     run = peer_recipe.start(peer, tmp_path)
-    codes = peer_recipe.draw_codes(run, 3)
+    drawn = peer_recipe.draw(run, 3)
     advantages = torch.arange(8.0) - 3.5
     gradients = []
     monkeypatch.setattr(run.optimizer, "step", lambda: None)
@@ -172,16 +198,16 @@ def test_micro_batches_change_no_gradient(tmp_path, monkeypatch):
 
     for micro_batch in (2, 4):
         part = dataclasses.replace(run, peer=dataclasses.replace(peer, micro_batch=micro_batch))
-        peer_recipe.update_policy(part, codes, advantages)
+        peer_recipe.update_policy(part, drawn, advantages)
     small, large = gradients
     assert (small - large).norm() < 0.02 * large.norm()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, 2])
-def test_steps_are_measured_here_and_in_pytorch(lora, tmp_path, capfd):
+@pytest.mark.parametrize("lora, plan", [(None, 0), (None, 4), (2, 0)])
+def test_steps_are_measured_here_and_in_pytorch(lora, plan, tmp_path, capfd):
     out = tmp_path / "recipe.jsonl"
-    adapters = ["--lora", str(lora)] if lora else []
+    adapters = ["--lora", str(lora)] if lora else ["--plan", str(plan)]
     command.main(
         ["--size", "tiny", "--prompts", "4", "--group", "2", "--repeats", "1", "--micro-batch", "2",
          "--batch-prompts", "2", "--parts", "recipe", "--peer", "transformers", *adapters,
@@ -195,7 +221,7 @@ def test_steps_are_measured_here_and_in_pytorch(lora, tmp_path, capfd):
     for line in (ours, theirs):
         assert sum(line[f"{name}_s"] for name in recipe.PHASES) <= line["median_s"] * 1.001
         assert line["s_per_image"] * line["images_per_s"] == pytest.approx(1)
-    assert setting["recipe"] == ("UniRL" if lora else "T2I-R1")
+    assert setting["recipe"] == ("UniRL" if lora else "T2I-R1") and setting["plan"] == plan
     assert setting["parameters_and_moments"] == ("float32" if lora else "bfloat16")
     said = capfd.readouterr().err
     assert "PyTorch, step 1:" in said and "here, step 2:" in said

@@ -122,6 +122,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--repeats", type=int, default=3, help="calls after the first")
+    parser.add_argument("--plan", type=int, default=0, help="recipe: tokens before each image")
     _add_update_options(parser)
     parser.add_argument(
         "--mesh",
@@ -198,8 +199,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         for part in args.parts
         if part not in RUNS
     ]
-    for name in ("lora", "prompts", "group", "repeats", "micro_batch", "batch_prompts"):
-        least = 2 if name == "group" else 1
+    for name in ("lora", "prompts", "group", "repeats", "micro_batch", "batch_prompts", "plan"):
+        least = {"group": 2, "plan": 0}.get(name, 1)
         value = getattr(args, name)
         if value is not None and value < least:
             option = name.replace("_", "-")
@@ -313,7 +314,7 @@ def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list
             pixel_dtype=jnp.dtype(args.pixel_dtype), offload=args.offload, folder=Path(folder),
             processor=size.measured.write_processor(Path(folder) / "policy", size.policy),
             mesh=mesh, ceilings=rates, windows=tuple(map(int, args.windows.split(","))),
-            trace=args.trace, batch_prompts=args.batch_prompts,
+            trace=args.trace, batch_prompts=args.batch_prompts, plan=args.plan,
         )  # fmt: skip
         if args.lora:
             setting = dataclasses.replace(setting, size=add_adapters(size, args.lora))

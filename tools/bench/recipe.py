@@ -8,7 +8,8 @@ with 4 images, PickScore):
     python -m tools.bench --size 7b --parts recipe --prompts 16 --micro-batch 1 --batch-prompts 8
     python -m tools.bench --size 7b --parts recipe --prompts 8 --group 4 --lora 16
 
-both with `--peer transformers --repeats 2`.
+both with `--peer transformers --repeats 2`. T2I-R1 writes a plan before each image: `--plan 128`
+gives it as many tokens, all sampled, scored and trained.
 
 Memory of 7B, all parameters, GiB: parameters 12.9 in bfloat16, Adam 25.7, the reference 12.9,
 frozen parameters 0.9, three reward networks in float32 11: 63.4 are kept. Gradients take 12.9, and
@@ -34,18 +35,20 @@ import numpy as np
 from corl_jax.algorithms.losses import LossConstants
 from corl_jax.devices.mesh import param_shardings
 from corl_jax.devices.offload import Offloadable
+from corl_jax.policies.turns import bind_sampler
 from corl_jax.rewards import registry
+from corl_jax.tasks import TASKS, name_segments
 from corl_jax.train.iteration import rl_iteration
 from corl_jax.train.run import Run
 from corl_jax.train.step import TrainState, UpdateOptions, make_logprob_step
-from corl_jax.types import Params, Prompts
+from corl_jax.types import EncodedPrompts, Params, Prompts
 from tools.bench import inputs, training
-from tools.bench.generation import make_prompts
+from tools.bench.generation import make_sampling_options
 from tools.bench.scoring import Networks
 from tools.bench.setting import Setting
+from tools.bench.sizes import Size
 from tools.bench.timing import Record
 
-TASK = "t2i"
 PART, NAME = "recipe", "whole step"
 PHASES = ("rollout", "reward", "update")
 SAME = (
@@ -82,6 +85,19 @@ def list_networks(recipe: Recipe) -> tuple[str, ...]:
     """Returns the reward networks of a recipe."""
     bound = [registry.bind_reward(name, {}) for name in recipe.rewards]
     return tuple(dict.fromkeys(name for reward in bound for name in reward.networks))
+
+
+def name_task(plan: int) -> str:
+    """Returns the task of a recipe whose plans have so many tokens."""
+    return "think" if plan else "t2i"
+
+
+def make_encoded_prompts(size: Size, special: Any, count: int, plan: int) -> EncodedPrompts:
+    """Returns the prompts of images; those of plans end before the token that begins an image."""
+    prompts = inputs.make_image_prompts(size, special, count, size.image_prompt)
+    if not plan:
+        return prompts
+    return EncodedPrompts(prompts.input_ids[:, :-1], prompts.attention_mask[:, :-1])
 
 
 def make_texts(prompts: int) -> list[str]:
@@ -151,6 +167,7 @@ def describe_setting(setting: Setting, recipe: Recipe) -> dict[str, Any]:
         "parameters_and_moments": master,
         "rewards": "+".join(recipe.rewards),
         "kl_coef": recipe.kl_coef,
+        "plan": setting.plan,
         "micro_batch": setting.micro_batch or setting.prompts,
         "batch_prompts": setting.batch_prompts or setting.prompts,
         "same": SAME,
@@ -159,19 +176,29 @@ def describe_setting(setting: Setting, recipe: Recipe) -> dict[str, Any]:
 
 
 def make_update_options(setting: Setting, recipe: Recipe) -> UpdateOptions:
-    """Returns the update options of the recipe: images alone, with its KL penalty."""
+    """Returns the update options of the recipe: images with their plans, its KL penalty."""
+    options = training.make_update_options(setting)
+    scoring = options.logprobs
+    if setting.plan:  # random plans have all their tokens: no token ends them
+        scoring = dataclasses.replace(scoring, special=setting.endless)
     return dataclasses.replace(
-        training.make_update_options(setting),
-        constants=LossConstants(kl_coef=recipe.kl_coef), weights=((TASK, 1.0),),
+        options, constants=LossConstants(kl_coef=recipe.kl_coef), logprobs=scoring,
+        weights=weigh_segments(setting),
     )  # fmt: skip
+
+
+def weigh_segments(setting: Setting) -> tuple[tuple[str, float], ...]:
+    """Returns the weight of the loss of plans and images: 1."""
+    task = name_task(setting.plan)
+    return tuple((name, 1.0) for name in name_segments(task, TASKS[task].segments))
 
 
 def make_run(
     setting: Setting, recipe: Recipe, options: UpdateOptions, state: TrainState, frozen: Params,
     step: Any,
 ) -> Run:  # fmt: skip
-    """Returns a Run of images alone, with the rewards of the recipe and their random networks."""
-    family, policy = setting.size.family, setting.size.policy
+    """Returns a Run of images, with the rewards of the recipe and their random networks."""
+    family, policy, task = setting.size.family, setting.size.policy, name_task(setting.plan)
     networks = Networks(setting, list_networks(recipe))
     placement = next(networks.yield_placements())
     reference = None
@@ -182,17 +209,20 @@ def make_run(
     run = training.make_run(setting, frozen, step)
     assert run.advantage_options is not None
     comparison = dataclasses.replace(
-        run.advantage_options, reward_weights=((TASK, (1.0,) * len(rewards)),)
+        run.advantage_options, reward_weights=((task, (1.0,) * len(rewards)),)
     )
+    sampling = make_sampling_options(setting, task, max_new_tokens=setting.plan or 1)
+    sampler = bind_sampler(family.turns[TASKS[task].turn_kinds].sample, policy, sampling)
     return dataclasses.replace(
-        run, tasks=(TASK,), rewards={TASK: rewards}, networks=placement, reference=reference,
+        run, tasks=(task,), rewards={task: rewards}, networks=placement, reference=reference,
         logprob_step=make_logprob_step(family, policy, options), advantage_options=comparison,
-        loss_weights=((TASK, 1.0),),
+        loss_weights=weigh_segments(setting), samplers={task: sampler},
     )  # fmt: skip
 
 
 def make_row_prompts(setting: Setting) -> Prompts:
     """Returns random prompts, with the texts that the reward networks read."""
     columns = {"prompt": make_texts(setting.prompts)}
-    encoded = {TASK: make_prompts(setting, TASK)}
-    return Prompts(np.arange(setting.prompts), columns, encoded)
+    size, special, plan = setting.size, setting.processor.special, setting.plan
+    encoded = make_encoded_prompts(size, special, setting.prompts, plan)
+    return Prompts(np.arange(setting.prompts), columns, {name_task(plan): encoded})

@@ -44,6 +44,7 @@ class Setting:
     mesh: Mesh
     ceilings: Ceilings  # of one device
     batch_prompts: int | None = None  # prompts sampled at once in an iteration; None: all
+    plan: int = 0  # tokens of the plan before an image of a recipe
     windows: tuple[int, ...] = (1,)  # image codes that a pass reads, of windows and acceptance
     trace: Path | None = None  # folder for a profile of one call of each thing
 

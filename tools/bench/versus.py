@@ -89,7 +89,7 @@ def measure_peers(args: argparse.Namespace) -> Peers:
         "--prompts", str(args.prompts), "--group", str(args.group),
         "--repeats", str(args.repeats), "--device", device,
     ]  # fmt: skip
-    for option in ("micro_batch", "batch_prompts", "lora"):
+    for option in ("micro_batch", "batch_prompts", "lora", "plan"):
         if getattr(args, option):
             command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
     environment = os.environ | ENVIRONMENT

@@ -62,6 +62,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     for option in ("--micro-batch", "--batch-prompts", "--lora"):
         parser.add_argument(option, type=int, help="recipe, as of tools.bench")
+    parser.add_argument("--plan", type=int, default=0, help="recipe, as of tools.bench")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     return parser.parse_args(argv)
 
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     network = BUILDERS[size.model](size, special, args.device)
     peer = Peer(
         size, special, args.prompts, args.group, args.repeats, args.device, network,
-        args.micro_batch, args.batch_prompts, args.lora,
+        args.micro_batch, args.batch_prompts, args.lora, args.plan,
     )  # fmt: skip
     failed = False
     for (part, name), run in RUNS[size.model].items():

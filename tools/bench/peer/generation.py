@@ -80,12 +80,18 @@ def time_looped_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     return _time_images(peer, functools.partial(sample_codes, peer, ids, mask))
 
 
-def make_guided_rows(peer: Peer, prompts: EncodedPrompts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ids and mask [2 N, P]: two rows for each completion, each with its own prompt."""
+def make_guided_rows(
+    peer: Peer, prompts: EncodedPrompts, group: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ids and mask [2 N, P]: two rows for each completion, each with its own prompt.
+
+    `group` is the number of completions of a prompt, if it is not the peer's.
+    """
+    copies = 2 * (group or peer.group)
     # G = 2: [p0, p1] -> [p0, p0, p0, p0, p1, ..]: a conditional and an unconditional row for each
     # completion.
     ids, mask = (
-        peer.to_tensor(x).repeat_interleave(2 * peer.group, dim=0)
+        peer.to_tensor(x).repeat_interleave(copies, dim=0)
         for x in (prompts.input_ids, prompts.attention_mask)
     )
     structure = torch.tensor([peer.special.bos, peer.special.boi], device=ids.device)

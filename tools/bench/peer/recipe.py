@@ -32,12 +32,24 @@ from tools.bench.recipe import (
     choose_recipe,
     describe_steps,
     list_networks,
+    make_encoded_prompts,
     make_texts,
 )
 from tools.bench.sizes import add_adapters as add_to_size
 from tools.bench.vocabularies import write_network
 
 CLIP_RANGE, ADVANTAGE_EPS = 0.2, 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """The completions of prompts, on the host; rows of a prompt follow each other."""
+
+    prompts: EncodedPrompts  # B rows
+    codes: np.ndarray  # [N, T]
+    plans: np.ndarray | None  # [N, L]; None: images without plans
+
+
 Scorer = Callable[[np.ndarray], torch.Tensor]
 """Images [N, S, S, 3] uint8 -> scores [N]."""
 
@@ -59,7 +71,7 @@ def time_steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     """Times whole steps; see `tools.bench.recipe` for what they do.
 
     Parameters and moments are bfloat16, those of adapters float32. The layers are checkpointed. The
-    warm-up draws a few tokens, and makes the rest of a step.
+    warm-up draws a few codes, and makes the rest of a step.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = start(peer, Path(folder))
@@ -87,7 +99,7 @@ def start(peer: Peer, folder: Path) -> Training:
     optimizer = training.start_training(peer, trained)
     texts = [text for text in make_texts(peer.prompts) for _ in range(peer.group)]
     scorers = [make_scorer(peer, name, texts, folder) for name in list_networks(recipe)]
-    prompts = generation.make_image_prompts(peer)
+    prompts = make_encoded_prompts(peer.size, peer.special, peer.prompts, peer.plan)
     return Training(peer, recipe, prompts, trained, optimizer, reference, scorers)
 
 
@@ -154,18 +166,18 @@ def write_clip_config(config: ClipConfig) -> CLIPConfig:
     )  # fmt: skip
 
 
-def take_step(run: Training, tokens: int) -> dict[str, float]:
-    """Makes one step of images of so many tokens, the others repeated; returns seconds by phase."""
+def take_step(run: Training, codes: int) -> dict[str, float]:
+    """Makes a step of images of so many codes, the others repeated; returns seconds by phase."""
     peer, results = run.peer, dict[str, Any]()
 
     def roll_out() -> None:
-        results["codes"] = draw_codes(run, tokens)
+        results["drawn"] = draw(run, codes)
 
     def compare() -> None:
-        results["advantages"] = score_codes(run, results["codes"])
+        results["advantages"] = score_codes(run, results["drawn"].codes)
 
     def update() -> None:
-        update_policy(run, results["codes"], results["advantages"])
+        update_policy(run, results["drawn"], results["advantages"])
 
     return {
         "rollout": peer.time_call(roll_out),
@@ -174,69 +186,114 @@ def take_step(run: Training, tokens: int) -> dict[str, float]:
     }
 
 
-def draw_codes(run: Training, tokens: int) -> torch.Tensor:
-    """Draws the codes [N, T] of all images, `batch_prompts` prompts at a time."""
+def draw(run: Training, count: int) -> Drawn:
+    """Draws plans and codes of all images, `batch_prompts` prompts at a time."""
     peer, length = run.peer, run.peer.size.limits.image_tokens
     peer.model.eval()  # with checkpoints a layer in training keeps no cache
-    pieces = []
+    codes, plans = [], []
     for prompts in split_prompts(run.prompts, peer.batch_prompts or peer.prompts):
-        rows = generation.make_guided_rows(peer, prompts)
-        pieces.append(generation.sample_codes(peer, *rows, tokens))
-    return torch.cat(pieces).repeat(1, -(-length // tokens))[:, :length]
+        rows = prompts, peer.group
+        if peer.plan:
+            plans.append(draw_plans(peer, prompts))
+            rows = add_plans(peer, prompts, plans[-1]), 1
+        codes.append(
+            generation.sample_codes(peer, *generation.make_guided_rows(peer, *rows), count)
+        )
+    repeated = torch.cat(codes).repeat(1, -(-length // count))[:, :length]
+    return Drawn(run.prompts, repeated.cpu().numpy(), np.concatenate(plans) if plans else None)
 
 
-def score_codes(run: Training, codes: torch.Tensor) -> torch.Tensor:
+@torch.inference_mode()
+def draw_plans(peer: Peer, prompts: EncodedPrompts) -> np.ndarray:
+    """Returns tokens [N, L] sampled from the full softmax; no plan ends early."""
+    plans = peer.model.generate(
+        inputs_embeds=peer.embed_prompts(prompts),
+        attention_mask=peer.to_tensor(prompts.attention_mask).long(), do_sample=True, top_k=0,
+        max_new_tokens=peer.plan, num_return_sequences=peer.group,
+    )  # fmt: skip
+    if plans.shape != (len(prompts.input_ids) * peer.group, peer.plan):
+        raise RuntimeError(f"sampled plans {tuple(plans.shape)}, expected {peer.plan} tokens each")
+    return plans.cpu().numpy()
+
+
+def add_plans(peer: Peer, prompts: EncodedPrompts, plans: np.ndarray) -> EncodedPrompts:
+    """Returns a prompt [N, P + L + 1] for each plan: prompt, plan, and the start of an image."""
+    first, shown = (x.repeat(peer.group, 0) for x in (prompts.input_ids, prompts.attention_mask))
+    last = np.full((len(plans), 1), peer.special.boi)
+    ids = np.concatenate([first, plans, last], axis=1).astype(np.int32)
+    ones = np.ones((len(plans), plans.shape[1] + 1), bool)
+    return EncodedPrompts(ids, np.concatenate([shown, ones], axis=1))
+
+
+def score_codes(run: Training, codes: np.ndarray) -> torch.Tensor:
     """Returns the advantages [N] float32 of images, from the sum of the scores."""
     size = (run.peer.batch_prompts or run.peer.prompts) * run.peer.group
-    images = [generation.decode_pixels(run.peer.model, piece) for piece in codes.split(size)]
+    pieces = run.peer.to_tensor(codes).split(size)
+    images = [generation.decode_pixels(run.peer.model, piece) for piece in pieces]
     scores = torch.stack([score(np.concatenate(images)) for score in run.scorers]).sum(0)
     groups = scores.float().view(-1, run.peer.group)
     spread = groups.std(dim=1, keepdim=True)
     return ((groups - groups.mean(dim=1, keepdim=True)) / (spread + ADVANTAGE_EPS)).flatten()
 
 
-def update_policy(run: Training, codes: torch.Tensor, advantages: torch.Tensor) -> None:
+def update_policy(run: Training, drawn: Drawn, advantages: torch.Tensor) -> None:
     """Makes an optimizer step, with gradients summed over micro-batches."""
     peer = run.peer
     peer.model.train()
     size = peer.micro_batch or peer.prompts
-    rows = size * peer.group
-    pieces = zip(
-        split_prompts(run.prompts, size), codes.split(rows), advantages.split(rows), strict=True
-    )
-    for prompts, values, of_piece in pieces:
-        segment = Segment(CODES, values.cpu().numpy(), np.ones(values.shape, bool))
-        batch = TaskBatch(prompts, (segment,), of_piece.cpu().numpy())
-        (compute_loss(run, batch) * len(values) / len(codes)).backward()
+    pieces = zip(split_drawn(drawn, size), advantages.split(size * peer.group), strict=True)
+    for piece, of_piece in pieces:
+        share = len(piece.codes) / len(drawn.codes)
+        (compute_loss(run, piece, of_piece) * share).backward()
     torch.nn.utils.clip_grad_norm_(run.trained, training.CLIP)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def compute_loss(run: Training, batch: TaskBatch) -> torch.Tensor:
-    """Computes the clipped loss with its KL penalty, a mean over rows and tokens."""
-    peer = run.peer
-    reference = compute_reference_logprobs(run, batch)
-    scores = training.compute_logprobs(peer, batch, None)
-    advantages = peer.to_tensor(batch.advantages).float()[:, None]
-    ratio = torch.exp(scores - scores.detach())  # the policy that drew the images
-    clipped = ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE)
-    terms = -torch.minimum(ratio * advantages, clipped * advantages)
-    if reference is not None:
-        distance = reference - scores
-        terms = terms + run.recipe.kl_coef * (torch.exp(distance) - distance - 1)
-    return terms.mean()
+def compute_loss(run: Training, drawn: Drawn, advantages: torch.Tensor) -> torch.Tensor:
+    """Computes the clipped loss with its KL penalty: the means of plans and of codes, added."""
+    references = compute_reference_logprobs(run, drawn)
+    losses = []
+    for scores, reference in zip(compute_logprobs(run.peer, drawn), references, strict=True):
+        ratio = torch.exp(scores - scores.detach())  # the policy that drew the images
+        clipped = ratio.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE)
+        terms = -torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
+        if reference is not None:
+            distance = reference - scores
+            terms = terms + run.recipe.kl_coef * (torch.exp(distance) - distance - 1)
+        losses.append(terms.mean())
+    return torch.stack(losses).sum()
+
+
+def compute_logprobs(peer: Peer, drawn: Drawn) -> list[torch.Tensor]:
+    """Computes log-probs [N, T] float32 of codes; of plans and codes in one pass."""
+    if drawn.plans is None:
+        segment = Segment(CODES, drawn.codes, np.ones(drawn.codes.shape, bool))
+        return [training.compute_logprobs(peer, TaskBatch(drawn.prompts, (segment,)), None)]
+    model, length = peer.model, drawn.prompts.input_ids.shape[1]
+    plans, codes = peer.to_tensor(drawn.plans), peer.to_tensor(drawn.codes)
+    context = add_plans(peer, drawn.prompts, drawn.plans)
+    images = model.prepare_embeddings_for_image_generation(codes)
+    mask = peer.to_tensor(context.attention_mask).long()
+    hidden = model.model.language_model(
+        inputs_embeds=torch.cat([peer.embed_prompts(context), images], dim=1),
+        attention_mask=torch.cat([mask, torch.ones_like(codes)], dim=1), use_cache=False,
+    ).last_hidden_state  # fmt: skip
+    # The logits of a token come from the place before it.
+    texts = model.lm_head(hidden[:, length - 1 : length - 1 + plans.shape[1]])
+    logits = model.model.generation_head(hidden[:, -codes.shape[1] - 1 : -1])
+    return [training.gather_logprobs(texts, plans), training.gather_logprobs(logits, codes)]
 
 
 @torch.no_grad()
-def compute_reference_logprobs(run: Training, batch: TaskBatch) -> torch.Tensor | None:
-    """Computes log-probs [N, T] by the language model at the start; None without one."""
+def compute_reference_logprobs(run: Training, drawn: Drawn) -> list[torch.Tensor | None]:
+    """Computes log-probs by the language model at the start; None for each segment without one."""
     if run.reference is None:
-        return None
+        return [None] * (1 if drawn.plans is None else 2)
     inner = run.peer.model.model
     trained, inner.language_model = inner.language_model, run.reference
     try:
-        return training.compute_logprobs(run.peer, batch, None)
+        return [*compute_logprobs(run.peer, drawn)]
     finally:
         inner.language_model = trained
 
@@ -246,3 +303,12 @@ def split_prompts(prompts: EncodedPrompts, size: int) -> Iterator[EncodedPrompts
     for first in range(0, len(prompts.input_ids), size):
         rows = slice(first, first + size)
         yield EncodedPrompts(prompts.input_ids[rows], prompts.attention_mask[rows])
+
+
+def split_drawn(drawn: Drawn, size: int) -> Iterator[Drawn]:
+    """Yields the completions of `size` prompts at a time."""
+    group = len(drawn.codes) // len(drawn.prompts.input_ids)
+    for number, prompts in enumerate(split_prompts(drawn.prompts, size)):
+        rows = slice(number * size * group, (number + 1) * size * group)
+        plans = None if drawn.plans is None else drawn.plans[rows]
+        yield Drawn(prompts, drawn.codes[rows], plans)

@@ -94,7 +94,11 @@ def compute_logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) 
         inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False
     ).last_hidden_state
     # The logits of a token come from the place before it: P + T places, T from number P - 1 on.
-    logits = head(hidden[:, -tokens.shape[1] - 1 : -1])
+    return gather_logprobs(head(hidden[:, -tokens.shape[1] - 1 : -1]), tokens)
+
+
+def gather_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the log-probs [N, T] float32 of tokens."""
     # Row by row, as trl does for bfloat16: a softmax of all rows at once takes twice the memory.
     return torch.stack(
         [
