@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from corl_jax.errors import InputError
@@ -15,7 +16,7 @@ from corl_jax.train.resolve import resolve_run
 from corl_jax.weights import storage
 from corl_jax.weights.checkpoint import open_checkpoint
 from corl_jax.weights.layouts import KINDS
-from tools.bench import epoch, epoch_page
+from tools.bench import epoch, epoch_page, start
 from tools.bench.random_files import draw_on_reading, draw_values, write_reward_network
 from tools.bench.sizes import SIZES
 
@@ -23,7 +24,14 @@ SMALL = [
     "data.max_prompt_length=100", "rollout.max_new_tokens=8", "train.prompts_per_step=8",
     "train.micro_batch=8", "rollout.group_size=2", "rollout.batch_prompts=8",
 ]  # fmt: skip
+FEW_ROWS = 2
 STARTED = {"devices": 2, "seconds": 7.0}
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    """Writes few different rows: each has an image to compress."""
+    monkeypatch.setattr(start, "ROWS", FEW_ROWS)
 
 
 def make_step(seconds: float, compiling: float = 0.0) -> dict[str, object]:
@@ -121,6 +129,12 @@ def test_options_of_the_measurement_cannot_be_given(tmp_path):
         )
     with pytest.raises(InputError, match="found the stages self_sft, rl"):
         epoch.load_config("janus_1_3b/self_sft_then_rl")
+
+
+def test_many_rows_repeat_a_few(tmp_path):
+    rows = pq.read_table(epoch.Files(tmp_path, is_tiny=True).write_rows(5, ("t2i",))).to_pylist()
+    assert len(rows) == 5 and rows[:3] == rows[2:]
+    assert len({row["prompt"] for row in rows}) == FEW_ROWS
 
 
 def test_weights_are_drawn_and_take_no_room(tmp_path):

@@ -66,13 +66,18 @@ def write_model(folder: Path, config: JanusConfig) -> None:
 
 
 def write_rows(file: Path, count: int = ROWS, words: int = inputs.CAPTION_WORDS) -> None:
-    """Writes rows in the published layout, with answers for supervised training beside it."""
+    """Writes rows in the published layout, with answers for supervised training beside it.
+
+    Of more than ROWS the others repeat them; `words` are those of a prompt or a question.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = inputs.make_rows(count, 1, words=words)
+    columns = inputs.make_rows(min(count, ROWS), 1, words=words)
     columns[ANSWER_COLUMN] = columns["qa_solution"]
     columns["real_image"] = [{"bytes": _encode_png(x), "path": ""} for x in columns["real_image"]]
+    repeats = -(-count // ROWS)
+    columns = {name: (values * repeats)[:count] for name, values in columns.items()}
     pq.write_table(pa.table(columns), file)
 
 

@@ -23,9 +23,6 @@ from tools.bench.sizes import SIZES
 from tools.bench.timing import Record, Timing
 
 PEERS = ("transformers",)
-# It imports the project's inputs and with them JAX, which must not touch the device. A growing
-# cache asks for a larger piece of memory at each token: with segments that grow little is lost.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 _SAME = {"image": "tokens and pixels", "text": "answers", "train": "optimizer step"}
 OURS = {
     "janus": _SAME | {recipe.PART: recipe.NAME},
@@ -92,7 +89,12 @@ def measure_peers(args: argparse.Namespace) -> Peers:
     for option in ("micro_batch", "batch_prompts", "lora", "plan"):
         if getattr(args, option):
             command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
-    environment = os.environ | ENVIRONMENT
+    # It imports the project's inputs and with them JAX, which must not touch the device.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    if recipe.PART in parts:
+        # A growing cache asks for a larger piece of memory at each token, and a recipe of 7B has
+        # no room for the pieces that are left over.
+        environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | environment
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     # Libraries may print other lines.
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
