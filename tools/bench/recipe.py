@@ -70,10 +70,18 @@ class Recipe:
     rewards: tuple[str, ...]  # of images, each with one CLIP
     kl_coef: float  # of the divergence from the first policy; 0: there is no reference
     bfloat16_master: bool  # parameters and moments in bfloat16; else float32
+    unlike: str  # what the publication does in another way
 
 
-FULL = Recipe("T2I-R1", ("hpsv2", "pickscore", "t2i_clip_reward"), 0.01, bfloat16_master=True)
-ADAPTERS = Recipe("UniRL", ("pickscore",), 0.0, bfloat16_master=False)
+FULL = Recipe(
+    "T2I-R1", ("hpsv2", "pickscore", "t2i_clip_reward"), 0.01, bfloat16_master=True,
+    unlike="rewards by HPS, GIT and GroundingDINO, not by three CLIPs; parameters split over 8 "
+    "GPUs; a plan before each image (--plan)",
+)  # fmt: skip
+ADAPTERS = Recipe(
+    "UniRL", ("pickscore",), 0.0, bfloat16_master=False,
+    unlike="draws one image after another; log-probs under guidance, old ones computed anew",
+)  # fmt: skip
 
 
 def choose_recipe(has_adapters: bool) -> Recipe:
@@ -170,8 +178,10 @@ def describe_setting(setting: Setting, recipe: Recipe) -> dict[str, Any]:
         "plan": setting.plan,
         "micro_batch": setting.micro_batch or setting.prompts,
         "batch_prompts": setting.batch_prompts or setting.prompts,
+        "remat": setting.remat,
         "same": SAME,
         "different": DIFFERENT,
+        "unlike_publication": recipe.unlike,
     }
 
 
