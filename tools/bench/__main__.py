@@ -12,11 +12,12 @@ iteration (rollouts and step), correctness (do samplers and trainer agree), grad
 and gradients of the update's attention right); of Show-o, without rewards, also forward (one pass)
 and logprobs. Of JanusFlow, without rewards, correctness and train, also unguided (image without
 guidance), logprobs and train_image (an optimizer step on images alone). Only if named: these parts
-of the other sizes, bits (does each call give the same bits),
-self_qa, self_sft and self_sft_through (one optimizer step on own images), detector (GenEval's, in
-images/s), builds (the image sampler with each set of compiler options), windows (passes that read
-several image codes), acceptance (how many of them the shipped models draw in a pass) and, on a mesh
-with fsdp, layouts (decoding with matrices gathered, and split as in training).
+of the other sizes, bits (does each call give the same bits), self_qa, self_sft and self_sft_through
+(one optimizer step on own images), recipe (whole steps of a published recipe, rewards included; see
+`tools/bench/recipe.py`), detector (GenEval's, in images/s), builds (the image sampler with each set
+of compiler options), windows (passes that read several image codes), acceptance (how many of them
+the shipped models draw in a pass) and, on a mesh with fsdp, layouts (decoding with matrices
+gathered, and split as in training).
 
 Compute is bfloat16; training keeps float32. Each time is the median of --repeats calls after one
 that compiles, on the host, until the results are there; `compile` is how much longer the first
@@ -28,9 +29,9 @@ The benchmark uses one device, or those of --mesh, laid out as in the training c
 
     python -m tools.bench --size 7b --parts train,iteration --mesh fsdp=4 --prompts 32
 
-With --peer the same image, text and train are measured in PyTorch first, with transformers' Janus
-or Phi and as the reference writes them; of JanusFlow image, unguided and train_image, with
-transformers' Llama. `times_...` in this project's figures is PyTorch's seconds
+With --peer the same image, text, train and recipe are measured in PyTorch first, with
+transformers' Janus or Phi and as the reference writes them; of JanusFlow image, unguided and
+train_image, with transformers' Llama. `times_...` in this project's figures is PyTorch's seconds
 over its own.
 """
 
@@ -39,12 +40,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import gc
-import importlib.metadata
 import json
 import math
-import platform
 import shlex
 import sys
 import tempfile
@@ -60,7 +58,6 @@ from corl_jax.devices.mesh import AXES, BATCH, make_mesh
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.models.attention import KERNELS, AttentionKernel, can_run, choose_training_kernel
-from corl_jax.models.lora import Lora
 from corl_jax.nearest import nearest_multiples
 from tools.bench import (
     bits,
@@ -72,14 +69,16 @@ from tools.bench import (
     layouts,
     own_images,
     passes,
+    recipe,
     scoring,
     training,
     versus,
     windows,
 )
 from tools.bench.ceilings import measure_ceilings
+from tools.bench.environment import describe_environment
 from tools.bench.setting import COMPUTE, Setting
-from tools.bench.sizes import SIZES, Size
+from tools.bench.sizes import SIZES, add_adapters
 from tools.bench.timing import HEADER, Record
 
 RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
@@ -101,18 +100,14 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "detector": detector.measure_detector,
     "windows": windows.measure_windows,
     "acceptance": windows.measure_acceptance,
+    "recipe": recipe.measure_recipe,
     **own_images.RUNS,
 }
 ALONE = ("rewards", "correctness", "gradients", "detector", "acceptance")  # parts for one device
 SPLIT = ("layouts",)  # parts for a mesh that splits matrices
 WITH_ADAPTERS = ("train", "iteration", "image", "text", "gradients")  # parts that --lora changes
-PASSES = (
-    "forward",
-    "logprobs",
-    "unguided",
-    "train_image",
-)  # --lora changes these too; they are no usual parts of every size
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
+# --lora changes these too; they are no usual parts of every size
+PASSES = ("forward", "logprobs", "unguided", "train_image", "recipe")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -127,6 +122,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--repeats", type=int, default=3, help="calls after the first")
+    parser.add_argument("--plan", type=int, default=0, help="recipe: tokens before each image")
     _add_update_options(parser)
     parser.add_argument(
         "--mesh",
@@ -168,6 +164,9 @@ def _add_update_options(parser: argparse.ArgumentParser) -> None:
         "--micro-batch", type=int, help="prompts of one backward pass; default: all"
     )
     parser.add_argument(
+        "--batch-prompts", type=int, help="iteration, recipe: prompts sampled at once; default: all"
+    )
+    parser.add_argument(
         "--remat",
         choices=("none", "dots", "full"),
         default="full",
@@ -200,16 +199,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         for part in args.parts
         if part not in RUNS
     ]
-    for name in ("lora", "prompts", "group", "repeats", "micro_batch"):
-        least = 2 if name == "group" else 1
+    for name in ("lora", "prompts", "group", "repeats", "micro_batch", "batch_prompts", "plan"):
+        least = {"group": 2, "plan": 0}.get(name, 1)
         value = getattr(args, name)
         if value is not None and value < least:
             option = name.replace("_", "-")
             problems.append(f"--{option}: found {value}, expected an integer of at least {least}")
-    if not problems and args.micro_batch and args.prompts % args.micro_batch:
-        problems.append(
-            f"--micro-batch: found {args.micro_batch}, which does not divide {args.prompts} prompts"
-        )
+    for name in ("micro_batch", "batch_prompts"):
+        value, option = getattr(args, name), name.replace("_", "-")
+        if not problems and value and args.prompts % value:
+            problems.append(
+                f"--{option}: found {value}, which does not divide {args.prompts} prompts"
+            )
     if not all(x.isdecimal() and int(x) for x in args.windows.split(",")):
         problems.append(f"--windows: found {args.windows}, expected numbers from 1: 1,4,8")
     size = SIZES[args.size]
@@ -270,7 +271,7 @@ def _list_mesh_problems(args: argparse.Namespace) -> list[str]:
     except InputError as error:
         return error.problems
     problems, shards = [], math.prod(axes[name] for name in BATCH)
-    for option in ("prompts", "micro_batch"):
+    for option in ("prompts", "micro_batch", "batch_prompts"):
         value = getattr(args, option)
         if value is not None and value % shards:
             nearest = nearest_multiples(shards, value)
@@ -289,30 +290,6 @@ def _list_mesh_problems(args: argparse.Namespace) -> list[str]:
     if args.mesh and args.peer:
         problems.append("--peer: PyTorch runs on one device; leave out --mesh")
     return problems
-
-
-def describe_environment(argv: list[str], mesh: str) -> dict[str, Any]:
-    """Returns date, command, devices and versions of the measurement."""
-    device = jax.local_devices()[0]
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "record": "environment",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "tools.bench", *argv]),
-        "device": device.device_kind,
-        "platform": device.platform,
-        "devices": jax.local_device_count(),
-        "mesh": parse_axes(mesh),
-        "versions": {"python": platform.python_version(), **versions},
-    }
-
-
-def add_adapters(size: Size, rank: int) -> Size:
-    """Returns the size with adapters in all projections of the language model."""
-    adapters = size.family.adapters
-    assert adapters is not None
-    lora = Lora(rank, 2.0 * rank, adapters.targets)
-    return dataclasses.replace(size, policy=adapters.add(size.policy, lora))
 
 
 def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list[str]:
@@ -337,7 +314,7 @@ def run_parts(args: argparse.Namespace, write: Callable[[Record], None]) -> list
             pixel_dtype=jnp.dtype(args.pixel_dtype), offload=args.offload, folder=Path(folder),
             processor=size.measured.write_processor(Path(folder) / "policy", size.policy),
             mesh=mesh, ceilings=rates, windows=tuple(map(int, args.windows.split(","))),
-            trace=args.trace,
+            trace=args.trace, batch_prompts=args.batch_prompts, plan=args.plan,
         )  # fmt: skip
         if args.lora:
             setting = dataclasses.replace(setting, size=add_adapters(size, args.lora))
@@ -378,8 +355,12 @@ def main(argv: list[str] | None = None) -> None:
             print(record.format_row(), flush=True)
             write_line({"record": "result", "size": args.size, **record.to_json()})
 
-        details = describe_environment(sys.argv[1:] if argv is None else argv, args.mesh)
-        write_line(details | {"peer": peers.environment})
+        details = describe_environment()
+        said = shlex.join(
+            ["python", "-m", "tools.bench", *(sys.argv[1:] if argv is None else argv)]
+        )
+        first = {"record": "environment", "command": said, "mesh": parse_axes(args.mesh)}
+        write_line(first | details | {"peer": peers.environment})
         print(f"{details['device']}, {details['versions']}", flush=True)
         print(f"{peers.environment}\n{HEADER}" if args.peer else HEADER, flush=True)
         for record in peers.records:

@@ -131,12 +131,17 @@ def _make_blocks(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image
     return Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC)
 
 
-def make_rows(count: int, group: int, seed: int = 0) -> dict[str, list[Any]]:
-    """Returns columns of `count` data rows, each repeated for the completions of its group."""
+def make_rows(
+    count: int, group: int, seed: int = 0, words: int = CAPTION_WORDS
+) -> dict[str, list[Any]]:
+    """Returns columns of `count` data rows, each repeated for the completions of its group.
+
+    `words` are those of a prompt or a question.
+    """
     rng = np.random.default_rng([seed, 4])
 
     def write_sentence() -> str:
-        return " ".join(rng.choice(COMMON, CAPTION_WORDS))
+        return " ".join(rng.choice(COMMON, words))
 
     def make_row(number: int) -> dict[str, Any]:
         kind = "MC" if number % 2 else "OE"

@@ -175,11 +175,12 @@ class Networks:
 
     def yield_placements(self) -> Iterator[dict[str, Counted]]:
         """Yields the networks on the device, then offloaded if that is to be measured."""
-        yield {name: self._make_network(name, False) for name in self._names}
+        yield {name: self.make_network(name, False) for name in self._names}
         if self._names and self._setting.offload:
-            yield {name: self._make_network(name, True) for name in self._names}
+            yield {name: self.make_network(name, True) for name in self._names}
 
-    def _make_network(self, name: str, offload: bool) -> Counted:
+    def make_network(self, name: str, offload: bool) -> Counted:
+        """Returns a random network, on the device or in host memory."""
         kind, config = NETWORKS[name].kind, self._setting.size.networks[name]
         folder = self._setting.folder / name
         if not folder.is_dir():

@@ -43,12 +43,19 @@ class Setting:
     processor: Any  # of the policy, with a small tokenizer
     mesh: Mesh
     ceilings: Ceilings  # of one device
+    batch_prompts: int | None = None  # prompts sampled at once in an iteration; None: all
+    plan: int = 0  # tokens of the plan before an image of a recipe
     windows: tuple[int, ...] = (1,)  # image codes that a pass reads, of windows and acceptance
     trace: Path | None = None  # folder for a profile of one call of each thing
 
     @property
     def completions(self) -> int:
         return self.prompts * self.group
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters alone are trained."""
+        return bool(self.size.family.lora_of(self.size.policy))
 
     @property
     def num_batch_shards(self) -> int:
@@ -97,6 +104,6 @@ class Setting:
 def trained_patterns(setting: Setting) -> tuple[str, ...]:
     """Returns the regexes of trained parameters: the adapters, or those of the family."""
     family = setting.size.family
-    if family.adapters is not None and family.lora_of(setting.size.policy):
+    if family.adapters is not None and setting.has_adapters:
         return (family.adapters.paths,)
     return family.trainable

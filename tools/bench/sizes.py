@@ -13,6 +13,7 @@ from corl_jax.models.bert import BertConfig
 from corl_jax.models.blip import BlipConfig, BlipTextConfig, BlipVisionConfig
 from corl_jax.models.clip import ClipConfig, TowerConfig
 from corl_jax.models.llama import LlamaConfig
+from corl_jax.models.lora import Lora
 from corl_jax.models.magvit import MagvitConfig
 from corl_jax.models.mask2former import Mask2FormerConfig
 from corl_jax.models.phi import PhiConfig
@@ -201,6 +202,14 @@ def _make_show_o(preset: str) -> Size:
         SHOW_O_PRESETS[preset], _PUBLISHED, parts=SHOW_O_PARTS, image_prompt=64, question=64,
         new_tokens=100, answer=100, model="show_o",
     )  # fmt: skip
+
+
+def add_adapters(size: Size, rank: int) -> Size:
+    """Returns the size with adapters in all projections of the language model."""
+    adapters = size.family.adapters
+    assert adapters is not None
+    lora = Lora(rank, 2.0 * rank, adapters.targets)
+    return dataclasses.replace(size, policy=adapters.add(size.policy, lora))
 
 
 SIZES = {

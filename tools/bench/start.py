@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import yaml
 
 from corl_jax.config import files as config_files
+from corl_jax.data.columns import ANSWER_COLUMN
 from corl_jax.errors import InputError, exit_on_input_error
 from corl_jax.input_files import parse_path
 from corl_jax.params import flatten
@@ -64,13 +65,19 @@ def write_model(folder: Path, config: JanusConfig) -> None:
     write_export(folder, Export(KIND, "transformers", config, leaves, assets, carried={}))
 
 
-def write_rows(file: Path) -> None:
-    """Writes rows in the published layout."""
+def write_rows(file: Path, count: int = ROWS, words: int = inputs.CAPTION_WORDS) -> None:
+    """Writes rows in the published layout, with answers for supervised training beside it.
+
+    Of more than ROWS the others repeat them; `words` are those of a prompt or a question.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = inputs.make_rows(ROWS, 1)
+    columns = inputs.make_rows(min(count, ROWS), 1, words=words)
+    columns[ANSWER_COLUMN] = columns["qa_solution"]
     columns["real_image"] = [{"bytes": _encode_png(x), "path": ""} for x in columns["real_image"]]
+    repeats = -(-count // ROWS)
+    columns = {name: (values * repeats)[:count] for name, values in columns.items()}
     pq.write_table(pa.table(columns), file)
 
 

@@ -36,14 +36,15 @@ LATENT_CLIP = 1e-4  # of denoising steps, as denoising.clip_range
 
 
 def start_training(
-    setting: Setting, options: UpdateOptions | None = None
+    setting: Setting, options: UpdateOptions | None = None, master: Any = jnp.float32
 ) -> tuple[TrainState, Params, Any]:
-    """Returns a new float32 state with AdamW, the frozen parameters, and the jitted step.
+    """Returns a new state with AdamW, the frozen parameters, and the jitted step.
 
-    Without `options` the step is that of the paper's first stage.
+    Without `options` the step is that of the paper's first stage. `master` is the dtype of the
+    trained parameters and of their moments.
     """
     trained, frozen = partition(setting.make_policy(COMPUTE), trained_patterns(setting))
-    trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+    trained = jax.tree.map(lambda x: x.astype(master), trained)
     optimizer = make_optimizer(Optimizer(), UPDATES)
     shardings = state_shardings(optimizer, trained, setting.mesh, setting.size.family.rules)
     moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
@@ -143,7 +144,7 @@ def measure_iteration(setting: Setting) -> Iterator[Record]:
     answers as long as they were sampled. `programs` counts the update's compilations.
     """
     state, frozen, step = start_training(setting)
-    run, prompts = _make_run(setting, frozen, step), _make_prompts(setting)
+    run, prompts = make_run(setting, frozen, step), _make_prompts(setting)
     number = 0
 
     def iterate_once() -> Any:
@@ -186,7 +187,7 @@ def _free_reward(samples: Samples, context: Context) -> np.ndarray:
     return rng.standard_normal(len(samples)).astype(np.float32)
 
 
-def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
+def make_run(setting: Setting, frozen: Params, step: Any) -> Run:
     """Returns a Run with the values of an iteration; nothing is loaded, saved or evaluated."""
     rewards = {
         task: [BoundReward("free", 1.0, _free_reward, RewardRow(_free_reward, task))]
@@ -210,7 +211,7 @@ def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
         rewards=rewards, networks={},
         recipe=RECIPES["grpo"], advantage_options=comparison,
         loss_weights=tuple((task, 1.0) for task in UNIFIED), tasks=UNIFIED, alternate_every=0,
-        group_size=setting.group, rollout_batch=setting.prompts,
+        group_size=setting.group, rollout_batch=setting.batch_prompts or setting.prompts,
         num_iterations=1, max_new_tokens=setting.size.answer, mask_truncated=False, sft=None,
         schedule=learning_rate(Optimizer(), UPDATES), phases=Phases(),
     )  # fmt: skip

@@ -18,13 +18,14 @@ from typing import Any
 import jax
 
 from corl_jax.errors import InputError
+from tools.bench import recipe
 from tools.bench.sizes import SIZES
 from tools.bench.timing import Record, Timing
 
 PEERS = ("transformers",)
 _SAME = {"image": "tokens and pixels", "text": "answers", "train": "optimizer step"}
 OURS = {
-    "janus": _SAME,
+    "janus": _SAME | {recipe.PART: recipe.NAME},
     "show_o": _SAME | {"image": "tokens"},
     "janus_flow": {"image": "latents", "unguided": "latents", "train_image": "optimizer step"},
 }
@@ -57,6 +58,12 @@ NOBODY = Peers({}, (), ())
 def list_peer_problems(args: argparse.Namespace) -> list[str]:
     """Lists what keeps the peer from running."""
     problems, compared = [], OURS[SIZES[args.size].model]
+    whole = [part for part in args.parts if part in compared and part != recipe.PART]
+    if args.lora and whole:
+        problems.append(
+            f"--peer: of {', '.join(whole)} PyTorch has no adapters; leave out --lora, or give "
+            f"--parts {recipe.PART}"
+        )
     if not set(compared) & set(args.parts):
         problems.append(
             f"--peer: --parts names none of {','.join(compared)}, which alone are compared"
@@ -79,8 +86,15 @@ def measure_peers(args: argparse.Namespace) -> Peers:
         "--prompts", str(args.prompts), "--group", str(args.group),
         "--repeats", str(args.repeats), "--device", device,
     ]  # fmt: skip
+    for option in ("micro_batch", "batch_prompts", "lora", "plan"):
+        if getattr(args, option):
+            command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
     # It imports the project's inputs and with them JAX, which must not touch the device.
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    if recipe.PART in parts:
+        # A growing cache asks for a larger piece of memory at each token, and a recipe of 7B has
+        # no room for the pieces that are left over.
+        environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | environment
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     # Libraries may print other lines.
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -96,11 +96,8 @@ def write_processor(folder: Path, config: JanusConfig) -> Processor:
     """Writes and returns a processor: tokenizer of the mini Janus, image settings of `config`."""
     _copy_tokenizer(folder)
     side = config.siglip.image_size
-    for name, changes in (
-        ("preprocessor_config.json", {"size": {"height": side, "width": side}}),
-        ("processor_config.json", {"num_image_tokens": config.num_image_tokens}),
-    ):
-        _write_json(folder / name, json.loads((MINI / name).read_text(encoding="utf-8")) | changes)
+    _write_settings(folder, "preprocessor_config.json", size={"height": side, "width": side})
+    _write_settings(folder, "processor_config.json", num_image_tokens=config.num_image_tokens)
     return Processor.from_dir(folder)
 
 
@@ -109,6 +106,7 @@ def write_janus_flow_processor(
 ) -> janus_flow_prompts.Processor:
     """Writes the tokenizer of the mini Janus, and returns a processor with it."""
     _copy_tokenizer(folder)
+    _write_settings(folder, "preprocessor_config.json", image_size=config.siglip.image_size)
     return janus_flow_prompts.Processor(folder, JANUS_FLOW.stand_in_image(config))
 
 
@@ -133,6 +131,11 @@ def _copy_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(MINI / name, folder / name)
+
+
+def _write_settings(folder: Path, name: str, **changes: Any) -> None:
+    """Writes a file of the mini Janus's settings with changes."""
+    _write_json(folder / name, json.loads((MINI / name).read_text(encoding="utf-8")) | changes)
 
 
 def _write_json(path: Path, value: Any) -> None:

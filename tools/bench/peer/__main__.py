@@ -1,7 +1,7 @@
 """Measures PyTorch on the shapes of `python -m tools.bench`, which starts this; JSON on stdout.
 
-Weights are random. Warm-up comes first. Sampling is timed once, the training step
---repeats times.
+Weights are random. Warm-up comes first. Sampling is timed once, the training step and the steps of
+a recipe --repeats times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tools.bench.peer import generation, janus_flow, model, show_o, training
+from tools.bench.peer import generation, janus_flow, model, recipe, show_o, training
 from tools.bench.peer.model import Peer
 from tools.bench.sizes import SIZES
 from tools.bench.timing import GIB
@@ -35,6 +35,7 @@ RUNS: dict[str, dict[tuple[str, str], Callable[[Peer], Measured]]] = {
         ("image", "eager loop"): generation.time_looped_images,
         ("text", "transformers generate"): generation.time_generated_texts,
         ("train", "eager step"): training.time_steps,
+        ("recipe", "eager loop"): recipe.time_steps,
     },
     "show_o": {
         ("image", "eager loop"): functools.partial(show_o.time_images, True),
@@ -59,6 +60,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    for option in ("--micro-batch", "--batch-prompts", "--lora"):
+        parser.add_argument(option, type=int, help="recipe, as of tools.bench")
+    parser.add_argument("--plan", type=int, default=0, help="recipe, as of tools.bench")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     return parser.parse_args(argv)
 
@@ -105,7 +109,10 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         special = size.measured.write_processor(Path(folder) / "policy", size.policy).special
     network = BUILDERS[size.model](size, special, args.device)
-    peer = Peer(size, special, args.prompts, args.group, args.repeats, args.device, network)
+    peer = Peer(
+        size, special, args.prompts, args.group, args.repeats, args.device, network,
+        args.micro_batch, args.batch_prompts, args.lora, args.plan,
+    )  # fmt: skip
     failed = False
     for (part, name), run in RUNS[size.model].items():
         if part not in args.parts.split(","):

@@ -75,25 +75,33 @@ def patch_static_cache(model: Any) -> Iterator[None]:
 
 
 def time_looped_images(peer: Peer) -> tuple[list[float], dict[str, Any]]:
-    """Times the reference's loop, whose cache grows by a token a step, and pixels on the host.
+    """Times the reference's loop, whose cache grows by a token a step, and pixels on the host."""
+    ids, mask = make_guided_rows(peer, make_image_prompts(peer))
+    return _time_images(peer, functools.partial(sample_codes, peer, ids, mask))
 
-    Each completion has two rows side by side, each with its own prompt.
+
+def make_guided_rows(
+    peer: Peer, prompts: EncodedPrompts, group: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ids and mask [2 N, P]: two rows for each completion, each with its own prompt.
+
+    `group` is the number of completions of a prompt, if it is not the peer's.
     """
-    prompts = make_image_prompts(peer)
+    copies = 2 * (group or peer.group)
     # G = 2: [p0, p1] -> [p0, p0, p0, p0, p1, ..]: a conditional and an unconditional row for each
     # completion.
     ids, mask = (
-        peer.to_tensor(x).repeat_interleave(2 * peer.group, dim=0)
+        peer.to_tensor(x).repeat_interleave(copies, dim=0)
         for x in (prompts.input_ids, prompts.attention_mask)
     )
     structure = torch.tensor([peer.special.bos, peer.special.boi], device=ids.device)
     # Unconditional rows keep BOS and BOI; their words become padding.
     ids[1::2] = torch.where(torch.isin(ids[1::2], structure), ids[1::2], peer.special.pad)
-    return _time_images(peer, functools.partial(_sample_codes, peer, ids, mask.long()))
+    return ids, mask.long()
 
 
 @torch.inference_mode()
-def _sample_codes(peer: Peer, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> torch.Tensor:
+def sample_codes(peer: Peer, ids: torch.Tensor, mask: torch.Tensor, steps: int) -> torch.Tensor:
     """Samples codes [N, steps] of prompts [2 N, P]; the first row of a pair is conditional."""
     model = peer.model
     embeds, outputs = model.model.language_model.embed_tokens(ids), []

@@ -31,6 +31,10 @@ class Peer:
     repeats: int
     device: str  # `cuda` or `cpu`
     model: Any
+    micro_batch: int | None = None  # prompts of one backward pass of a recipe; None: all
+    batch_prompts: int | None = None  # prompts that a recipe samples at once; None: all
+    rank: int | None = None  # of a recipe's adapters; None: all parameters are trained
+    plan: int = 0  # tokens of the plan before an image of a recipe
 
     @property
     def completions(self) -> int:

@@ -27,14 +27,7 @@ def time_steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     model, size = peer.model, peer.size
     model.requires_grad_(False)
     trained = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    layers = model.model.language_model
-    layers.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    optimizer = torch.optim.AdamW(
-        trained, lr=LEARNING_RATE, weight_decay=0.0, fused=peer.device == "cuda"
-    )
+    optimizer = start_training(peer, trained)
     image_prompts, text_prompts = make_image_prompts(peer), make_questions(peer)
     batches = [
         inputs.make_task_batch(size, peer.special, prompts, peer.group, length)
@@ -60,6 +53,18 @@ def time_steps(peer: Peer) -> tuple[list[float], dict[str, Any]]:
     shapes = [(len(b.prompts.input_ids[0]), b.segments[0].values.shape[1]) for b in batches]
     tokens = rows * sum(itertools.chain(*shapes))
     return calls, {"tokens_per_s": tokens / sorted(calls)[len(calls) // 2]}
+
+
+def start_training(peer: Peer, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Prepares the model for training with checkpointed layers; returns AdamW."""
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    layers = peer.model.model.language_model
+    layers.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    peer.model.train()
+    return torch.optim.AdamW(
+        trained, lr=LEARNING_RATE, weight_decay=0.0, fused=peer.device == "cuda"
+    )
 
 
 def compute_task_loss(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) -> torch.Tensor:
@@ -89,7 +94,11 @@ def compute_logprobs(peer: Peer, batch: TaskBatch, pixels: torch.Tensor | None) 
         inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False
     ).last_hidden_state
     # The logits of a token come from the place before it: P + T places, T from number P - 1 on.
-    logits = head(hidden[:, -tokens.shape[1] - 1 : -1])
+    return gather_logprobs(head(hidden[:, -tokens.shape[1] - 1 : -1]), tokens)
+
+
+def gather_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the log-probs [N, T] float32 of tokens."""
     # Row by row, as trl does for bfloat16: a softmax of all rows at once takes twice the memory.
     return torch.stack(
         [
