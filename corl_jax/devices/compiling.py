@@ -68,7 +68,8 @@ class SamplerProgram:
     def choose_build(self, rows: int, *arguments: Any) -> Callable:
         """Returns the fastest build for `rows` rows of all devices of the mesh together.
 
-        `arguments` are arrays of the call.
+        `rows` are those of a dense product in a pass: the tokens that it reads. `arguments` are
+        arrays of the call.
         """
         # With a traced argument the sampler becomes a part of another program, and XLA takes
         # options for whole programs only.
