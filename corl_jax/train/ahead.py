@@ -46,7 +46,7 @@ def compile_meanwhile(
     started: list[Future] = []
     stopped = threading.Event()
 
-    def compile_programs(step: int) -> None:
+    def compile_programs(compile_step: CompileStep, step: int) -> None:
         with jax.set_mesh(run.mesh):  # a thread starts without one
             for _ in compile_step(run, state, run.train_loader.batch(step), step):
                 if stopped.is_set():
@@ -55,7 +55,7 @@ def compile_meanwhile(
     def start(step: int) -> None:
         # Processes may share what they measure of a program, and must compile in the same order.
         if compile_step and not started and step < run.steps and jax.process_count() == 1:
-            started.append(pool.submit(compile_programs, step))
+            started.append(pool.submit(compile_programs, compile_step, step))
 
     with ThreadPoolExecutor(1, "compile") as pool:
         try:
@@ -96,7 +96,8 @@ def compile_rl_step(run: Run, state: TrainState, prompts: Prompts, step: int) ->
     # Neither is an input of the update.
     state = dataclasses.replace(state, reference=None, average=None)
     update_batch = make_update_batch(run, batch, advantages)
-    run.train_step.lower(state, run.frozen, update_batch).compile()
+    train_step: Any = run.train_step  # jitted
+    train_step.lower(state, run.frozen, update_batch).compile()
     yield
 
 
