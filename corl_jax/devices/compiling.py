@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 from corl_jax.devices.mesh import context_batch_shards
@@ -68,8 +69,14 @@ class SamplerProgram:
     def choose_build(self, rows: int, *arguments: Any) -> Callable:
         """Returns the fastest build for `rows` rows of all devices of the mesh together.
 
-        `arguments` are arrays of the call.
+        `rows` are those of a dense product in a pass: the tokens that it reads. `arguments` are
+        arrays of the call. With shapes among them the build is compiled; see `compile_ahead`.
         """
+        build = self._choose_build(rows, arguments)
+        shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(arguments))
+        return functools.partial(compile_ahead, build) if shapes else build
+
+    def _choose_build(self, rows: int, arguments: tuple) -> Callable:
         # With a traced argument the sampler becomes a part of another program, and XLA takes
         # options for whole programs only.
         nested = any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments))
@@ -84,6 +91,20 @@ class SamplerProgram:
         for name in BUILDS:
             if name in vars(self):
                 getattr(self, name).clear_cache()
+
+
+def compile_ahead(function: Any, *arguments: Any, **options: Any) -> Any:
+    """Compiles a jitted function and returns zeros in the place of its results.
+
+    `arguments` are arrays or `jax.ShapeDtypeStruct`s with shardings. A later call with arrays of
+    the same shapes, types and shardings finds the program traced and compiled.
+    """
+    lowered = function.lower(*arguments, **options)
+    shardings = lowered.compile().output_shardings
+    return jax.tree.map(
+        lambda x, sharding: jax.device_put(np.zeros(x.shape, x.dtype), sharding),
+        lowered.out_info, shardings,
+    )  # fmt: skip
 
 
 def list_accepted_options(*options: tuple[str, Any]) -> dict[str, Any]:

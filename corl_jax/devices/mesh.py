@@ -69,6 +69,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def attach_shardings(shapes: Any, shardings: Any) -> Any:
+    """Returns shapes with shardings; `shardings` is a tree like `shapes`, or one for all."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Lays out an activation by its axes' names; outside of a mesh, or on one device, does nothing.
 

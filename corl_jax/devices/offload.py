@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from corl_jax.devices.mesh import attach_shardings
 from corl_jax.types import Params
 
 
@@ -21,6 +22,10 @@ class Offloadable:
         self._sharding = sharding
         self._offload = offload
         self._params = jax.device_put(params, host_shardings(sharding) if offload else sharding)
+
+    def describe(self) -> Params:
+        """Returns the shapes and shardings of the parameters that `use` yields."""
+        return attach_shardings(self._params, self._sharding)
 
     @contextlib.contextmanager
     def use(self) -> Iterator[Params]:

@@ -63,11 +63,14 @@ class Branch(NamedTuple):
 
     def make_even(self) -> Branch:
         """Returns the branch with a token of padding behind an odd number of tokens."""
-        # cuDNN attends over even lengths only. A padding token after the last one changes nothing
-        # before it.
         missing = self.embeds.shape[1] % 2
+        if not missing:
+            return self
+        # cuDNN attends over even lengths only. A padding token after the last one changes nothing
+        # before it, and the mask hides it from the branches behind this one.
         embeds = jnp.pad(self.embeds, ((0, 0), (0, missing), (0, 0)))
-        mask = None if self.mask is None else jnp.pad(self.mask, ((0, 0), (0, missing)))
+        mask = jnp.ones(self.embeds.shape[:2], bool) if self.mask is None else self.mask
+        mask = jnp.pad(mask, ((0, 0), (0, missing)))
         return Branch(embeds, mask, self.first)
 
     def join_mask(self, before: jax.Array) -> jax.Array:

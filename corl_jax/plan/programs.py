@@ -14,15 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from corl_jax.data.columns import IMAGE_COLUMN
-from corl_jax.devices.mesh import batch_sharding, param_shardings
+from corl_jax.devices.mesh import attach_shardings, batch_sharding, param_shardings
 from corl_jax.params import merge, partition
 from corl_jax.policies.choices import split_steps
 from corl_jax.policies.family import NOISE_KEYS
 from corl_jax.tasks import LATENTS, TASKS, TEXT, image_tasks, name_turns
-from corl_jax.train import build
+from corl_jax.train import build, states
 from corl_jax.train.average import start_average
 from corl_jax.train.image_codes import reads_codes
 from corl_jax.train.memory import count_turn_tokens, get_segment_length
@@ -69,17 +68,6 @@ class ResidentArrays:
         }
 
 
-def attach_shardings(shapes: Any, shardings: Any) -> Any:
-    """Returns shapes with shardings; `shardings` is a tree like `shapes`, or one for all."""
-    if isinstance(shardings, NamedSharding):
-        shardings = jax.tree.map(lambda _: shardings, shapes)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
-
-
 def count_shard_bytes(tree: Any) -> int:
     """Counts the bytes of one device for shapes with shardings."""
     return sum(
@@ -102,8 +90,8 @@ def make_resident_arrays(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), part)  # noqa: B023
         for part, dtype in zip(parts, (master, stored), strict=True)
     )
-    optimizer = build.make_plan_optimizer(outline)
-    shardings = build.state_shardings(optimizer, trained, mesh, outline.family.rules)
+    optimizer = states.make_plan_optimizer(outline)
+    shardings = states.state_shardings(optimizer, trained, mesh, outline.family.rules)
     fresh = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained)
     )

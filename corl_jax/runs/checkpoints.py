@@ -168,8 +168,9 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def restore_newest(
-        self, abstract: Any, config: dict[str, Any], allow_changes: bool = False
-    ) -> Restored:
+        self, abstract: Any, config: dict[str, Any], allow_changes: bool = False,
+        begin: Callable[[int], None] = lambda step: None,
+    ) -> Restored:  # fmt: skip
         """Restores the newest sound step, as `restore` does.
 
         Newer, damaged steps are renamed to STEP.corrupt-N: they no longer count, and their files
@@ -181,7 +182,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                tree, meta, changes = self.restore(step, abstract, config, allow_changes)
+                tree, meta, changes = self.restore(step, abstract, config, allow_changes, begin)
             except DamagedError as error:
                 damaged[step] = str(error)
                 continue
@@ -197,11 +198,13 @@ class Checkpoints:
         abstract: Any,
         config: dict[str, Any] | None = None,
         allow_changes: bool = False,
+        begin: Callable[[int], None] = lambda step: None,
     ) -> tuple[Any, dict[str, Any], list[str]]:
         """Restores a step; returns (tree, meta, changed options).
 
         `abstract`: a tree of arrays, or of jax.ShapeDtypeStruct with shardings. Its mesh may
-        differ from that of the saved tree. `config` is compared with meta["config"].
+        differ from that of the saved tree. `config` is compared with meta["config"]. `begin` is
+        called with the step when all but the arrays is checked, before they are read.
 
         Raises:
             DamagedError: the step is missing, unreadable or not what was saved.
@@ -222,6 +225,7 @@ class Checkpoints:
             start = record["run"].get("working_directory")
             changes = list_config_changes(saved, to_json(config), str(source), allow_changes, start)
         _refuse(source, fingerprints.list_mismatches(record, abstract))
+        begin(step)
         tree = self._read_on_all(step, lambda: self._read_arrays(step, abstract))
         self._read_on_all(step, lambda: self._require_saved_bits(step, tree, record))
         return tree, record["run"], changes

@@ -6,17 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from corl_jax.algorithms.advantages import AdvantageOptions
 from corl_jax.algorithms.losses import LossConstants
 from corl_jax.algorithms.recipes import RECIPES
-from corl_jax.devices.mesh import Rules, param_shardings
-from corl_jax.models import lora
-from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.family import Denoising, LogprobOptions, SamplingOptions, Unmasking
 from corl_jax.policies.turns import Sampler, bind_sampler
 from corl_jax.rewards import networks
@@ -24,36 +18,28 @@ from corl_jax.rewards.samples import FrozenNetwork, Policy
 from corl_jax.sampling_options import choose_cfg_scale
 from corl_jax.tasks import CODES, TASKS
 from corl_jax.train import attending, fit
-from corl_jax.train.average import keep_average, start_average
+from corl_jax.train.average import keep_average
 from corl_jax.train.kl_penalty import KlPenalty
-from corl_jax.train.optimizer import learning_rate, make_optimizer, master_dtype
+from corl_jax.train.optimizer import learning_rate
 from corl_jax.train.recipe_options import choose_eval_denoising, choose_sde, choose_window
 from corl_jax.train.reference import (
-    MovingReference,
-    copy_reference,
     has_reference,
-    make_fixed_reference,
-    make_moving_reference,
 )
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.train.run import Run
+from corl_jax.train.states import prepare_start
 from corl_jax.train.step import TokenSelection, TrainState, UpdateOptions, make_logprob_step
-from corl_jax.types import DTYPES, Params
-from corl_jax.weights.checkpoint import load_sharded, read_layer_dtypes, read_stored_dtypes
-
-ADAPTER_STREAM = 1 << 16
-"""Random stream of the adapters' first values, apart from those of the samples."""
+from corl_jax.types import DTYPES
+from corl_jax.weights.checkpoint import read_layer_dtypes, read_stored_dtypes
 
 
-def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
-    """Loads weights onto the mesh, jits functions, and makes the state of a fresh start."""
+def build(
+    plan: ResolvedRun, phases: Any, *, from_checkpoint: bool = False
+) -> tuple[Run, TrainState]:
+    """Loads weights, jits functions, and makes the first state; see `states.prepare_start`."""
     config, mesh, family = plan.config, plan.mesh, plan.family
-    trained, frozen = load_parts(plan)
-    moving = make_moving_reference(plan, trained)
-    optimizer = make_plan_optimizer(plan)
-    shardings = state_shardings(optimizer, trained, mesh, family.rules)
-    state = make_state(plan, optimizer, trained, shardings, moving)
-    train_step, logprob_step = make_steps(plan, optimizer, shardings)
+    start = prepare_start(plan, from_checkpoint=from_checkpoint)
+    train_step, logprob_step = make_steps(plan, start.optimizer, start.shardings)
     base = family.base(plan.sizes)
     run = Run(
         family=family,
@@ -61,9 +47,9 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         processor=plan.processor,
         mesh=mesh,
         dtype=DTYPES[config.model.dtype],
-        frozen=frozen,
-        reference=make_fixed_reference(plan, trained),
-        moving=moving,
+        frozen=start.frozen,
+        reference=start.reference,
+        moving=start.moving,
         source_dtypes=read_stored_dtypes(plan.model_dir, family.kind, base),
         layer_dtypes=read_layer_dtypes(plan.model_dir, family.kind, base),
         train_loader=plan.train_loader,
@@ -71,7 +57,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         steps=plan.steps,
         seed=config.seed,
         image_side=plan.limits.image_side,
-        iterate=keep_average(plan.stage.iterate, config.train.ema_decay, shardings.params),
+        iterate=keep_average(plan.stage.iterate, config.train.ema_decay, start.shardings.params),
         train_step=train_step,
         logprob_step=logprob_step,
         velocity_step=make_velocity_step(plan),
@@ -94,73 +80,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         schedule=learning_rate(config.optimizer, plan.optimizer_steps),
         phases=phases,
     )
-    return run, state
-
-
-def make_plan_optimizer(plan: RunOutline) -> optax.GradientTransformation:
-    """Returns the optimizer of the config with the family's rules for its parameters."""
-    return make_optimizer(
-        plan.config.optimizer, plan.optimizer_steps, undecayed=plan.family.undecayed,
-        groups=plan.family.groups,
-    )  # fmt: skip
-
-
-def make_state(
-    plan: ResolvedRun, optimizer: optax.GradientTransformation, trained: Params,
-    shardings: TrainState, moving: MovingReference | None,
-) -> TrainState:  # fmt: skip
-    """Returns the state of a fresh start, with the reference if it moves."""
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
-    # Before the state, which takes over the arrays.
-    reference = moving and moving.rest(copy_reference(plan.config, plan.family, trained))
-    # The layout that the step returns: a different one would compile a second program.
-    state = jax.device_put(TrainState(jnp.int32(0), trained, opt_state), shardings)
-    return dataclasses.replace(
-        state, reference=reference, average=start_average(plan.config, state.params)
-    )
-
-
-def load_parts(plan: ResolvedRun) -> tuple[Params, Params]:
-    """Returns (trained, frozen) parameters on the mesh: master copies, and as stored."""
-    config, mesh, family = plan.config, plan.mesh, plan.family
-    base, rules = family.base(plan.sizes), family.rules
-    shapes, rest = partition(family.abstract(plan.sizes), plan.trained)
-    shardings = param_shardings(shapes, mesh, rules)
-    master = master_dtype(config.compat.bfloat16_master)
-    if not config.lora.rank:
-        trained = dict(leaf_paths(shapes))
-        loaded = load_sharded(
-            plan.model_dir, family.kind, base,
-            param_shardings(family.abstract(base), mesh, rules),
-            # None keeps the type of the file: a frozen parameter needs no float32 copy.
-            lambda path: master if path in trained else None,
-        )  # fmt: skip
-        return partition(merge(loaded, draw_alignment(plan, master)), plan.trained)
-    frozen = load_sharded(
-        plan.model_dir, family.kind, base, param_shardings(rest, mesh, rules), lambda _: None
-    )
-
-    def draw_adapters(key: jax.Array) -> Params:
-        return jax.tree.map(lambda x: x.astype(master), lora.init_adapters(shapes, key))
-
-    # Not the seed itself, which the samples' keys are made of.
-    key = jax.random.fold_in(jax.random.key(config.seed), ADAPTER_STREAM)
-    return jax.jit(draw_adapters, out_shardings=shardings)(key), frozen
-
-
-def draw_alignment(plan: ResolvedRun, dtype: Any) -> Params:
-    """Returns the first values of the projector of an alignment; empty without one."""
-    alignment, sizes = plan.family.alignment, plan.sizes
-    if alignment is None or not fit.aligns_images(plan.config):
-        return {}
-
-    def draw(key: jax.Array) -> Params:
-        return jax.tree.map(lambda x: x.astype(dtype), alignment.init(sizes, key))
-
-    # No run has adapters as well, whose stream this is.
-    key = jax.random.fold_in(jax.random.key(plan.config.seed), ADAPTER_STREAM)
-    shardings = param_shardings(jax.eval_shape(draw, key), plan.mesh, plan.family.rules)
-    return jax.jit(draw, out_shardings=shardings)(key)
+    return run, start.state
 
 
 def load_networks(plan: ResolvedRun) -> dict[str, FrozenNetwork]:
@@ -194,25 +114,6 @@ def make_velocity_step(plan: RunOutline) -> Callable:
     """Returns the jitted computing of the velocities of latents."""
     options = make_update_options(plan)
     return make_logprob_step(plan.family, plan.sizes, options, velocities=True)
-
-
-def state_shardings(
-    optimizer: optax.GradientTransformation, trained: Params, mesh: Mesh, rules: Rules
-) -> TrainState:
-    """Returns a TrainState of shardings: each optimizer moment has the layout of its parameter."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    params = param_shardings(trained, mesh, rules)
-    shapes = jax.eval_shape(optimizer.init, trained)
-    moments = optax.tree_utils.tree_map_params(
-        optimizer,
-        # Adafactor's factors are smaller than the parameters that they belong to.
-        lambda leaf, sharding, param: sharding if leaf.shape == param.shape else replicated,
-        shapes,
-        params,
-        trained,
-        transform_non_params=lambda _: replicated,
-    )
-    return TrainState(replicated, params, moments)
 
 
 def make_update_options(plan: RunOutline) -> UpdateOptions:

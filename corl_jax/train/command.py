@@ -148,9 +148,12 @@ def run_steps(
     config, primary = planned.config, jax.process_index() == 0
     # Now, because users may edit the files while the run goes on.
     sources, files = stamp_sources(planned), hash_reward_files(config)
-    run, state = build(planned, Phases())
+    has_checkpoint = bool(processes.broadcast_first(len(checkpoints.steps())))
+    run, state = build(planned, Phases(), from_checkpoint=has_checkpoint)
     fingerprint = functools.cache(lambda: fingerprint_untrained(run) | files)
-    resumed = resume(planned, checkpoints, run, state, fingerprint, allow_changes)
+    resumed = None
+    if has_checkpoint:
+        resumed = resume(planned, checkpoints, run, state, fingerprint, allow_changes)
     if primary:
         directory.keep_config(config)  # not before: a refused resume changes nothing
     start, meta = 0, {}

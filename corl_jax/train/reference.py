@@ -49,6 +49,12 @@ def has_own_copy(config: Config) -> bool:
     return not config.lora.rank or is_moving(config)
 
 
+def copies_start(outline: RunOutline) -> bool:
+    """Returns whether each start makes a reference of the parameters that the run began with."""
+    config = outline.config
+    return has_reference(outline) and has_own_copy(config) and not is_moving(config)
+
+
 def get_number_bytes(config: Config) -> int:
     """Returns the bytes of a number in which the reference is kept, but for `float32_parts`."""
     return 4 if is_averaged(config) else jnp.dtype(DTYPES[config.model.dtype]).itemsize

@@ -7,14 +7,12 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
-
 from corl_jax.config.schema import Config
-from corl_jax.devices import processes
 from corl_jax.errors import Problems
 from corl_jax.runs import fingerprints, same_files
-from corl_jax.runs.checkpoints import Checkpoints, Restored, to_abstract
-from corl_jax.train.reference import rest_state, use_whole_state
+from corl_jax.runs.checkpoints import Checkpoints, Restored
+from corl_jax.train.ahead import compile_meanwhile
+from corl_jax.train.reference import rest_state
 from corl_jax.train.resolve import ResolvedRun
 from corl_jax.train.run import Run
 from corl_jax.train.stages import scores_rewards
@@ -27,28 +25,21 @@ REPORT_OPTIONS = ("eval.", "rollout.", "rewards.", "data.", "model.", "networks.
 def resume(
     planned: ResolvedRun, checkpoints: Checkpoints, run: Run, state: TrainState,
     fingerprint: Callable[[], dict[str, str]], allow_changes: bool,
-) -> Restored | None:  # fmt: skip
-    """Restores the newest sound checkpoint and the position in the data; None without checkpoint.
+) -> Restored:  # fmt: skip
+    """Restores the newest sound checkpoint and the position in the data.
 
-    `state`: a fresh state, of the shapes and shardings to restore. Its arrays are deleted when
-    there is a checkpoint. `fingerprint` returns the fingerprints of the weights that checkpoints
-    leave out.
+    `state`: shapes and shardings of the state to restore. `fingerprint` returns the fingerprints of
+    the weights that checkpoints leave out. The programs of the next step are compiled meanwhile.
 
     Raises:
         InputError: no checkpoint is sound; or, without `allow_changes`, weights, data or options
             differ. A changed file of a reward is only reported.
     """
-    if not processes.broadcast_first(len(checkpoints.steps())):
-        return None
-    with use_whole_state(run.moving, state) as whole:
-        abstract = to_abstract({"state": whole})
-    # The devices have room for one state: the fresh one goes before the saved one comes.
-    for leaf in jax.tree.leaves(state):
-        leaf.delete()
     config = planned.config.model_dump(mode="json")
-    resumed = checkpoints.restore_newest(abstract, config, allow_changes)
+    with compile_meanwhile(planned.stage.compile_step, run, state) as begin:
+        resumed = checkpoints.restore_newest({"state": state}, config, allow_changes, begin)
+        now, start = fingerprint(), resumed.meta.get("working_directory")
     resumed.tree["state"] = rest_state(run.moving, resumed.tree["state"])
-    now, start = fingerprint(), resumed.meta.get("working_directory")
     # A resumed run may name the same reward file from another working directory.
     before = {_resolve_reward_file(n, start): mark for n, mark in resumed.meta["weights"].items()}
     # Names that the checkpoint lacks count as unchanged: the comparison of options reports them.

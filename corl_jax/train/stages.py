@@ -30,7 +30,7 @@ from corl_jax.tasks import (
     required_columns,
     text_tasks,
 )
-from corl_jax.train import image_tokenizer, iteration, self_sft, sft
+from corl_jax.train import ahead, image_tokenizer, iteration, self_sft, sft
 from corl_jax.train.step import UpdateOptions, make_train_step
 
 MakeStep = Callable[..., Callable]
@@ -50,6 +50,8 @@ class Stage:
     facts: StageFacts
     # how the gradient of an answer flows into the policy's own image; None: it does not
     straight_through: Callable[[Config], StraightThrough | None] = lambda config: None
+    # compiles the programs of a step before it; None: the step does
+    compile_step: ahead.CompileStep | None = None
 
     @property
     def samples(self) -> bool:
@@ -124,6 +126,7 @@ STAGES: dict[str, Stage] = {
         loss=lambda config: RECIPES[config.algorithm.name].loss,
         loss_weights=_weigh_rl_tasks,
         facts=STAGE_FACTS["rl"],
+        compile_step=ahead.compile_rl_step,
     ),
     "sft": Stage(
         iterate=sft.sft_iteration,

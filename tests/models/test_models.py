@@ -13,6 +13,7 @@ import pytest
 
 from corl_jax.devices.mesh import batch_sharding, constrain, make_mesh, param_shardings, param_spec
 from corl_jax.errors import InputError
+from corl_jax.models import llama
 from corl_jax.models.llama import compute_positions
 from corl_jax.models.lora import Lora
 from corl_jax.params import leaf_paths
@@ -190,6 +191,31 @@ def test_padding_and_neighbours_change_nothing(tiny_config, tiny_params):
     for row in range(3):
         alone = forward(ids[row : row + 1, row:], np.ones((1, 9 - row), bool))
         np.testing.assert_allclose(alone[0], batch[row, row:], atol=NETWORK)
+
+
+def test_a_branch_behind_one_of_odd_length_does_not_see_its_padding(
+    tiny_config, tiny_params, monkeypatch
+):
+    """cuDNN needs even lengths; here XLA computes in its place."""
+    attend, lengths = llama.attend_causally, set()
+
+    def attend_evenly(query, key, value, mask, kernel):
+        lengths.update((query.shape[1] % 2, key.shape[1] % 2) if kernel == "cudnn" else ())
+        return attend(query, key, value, mask)
+
+    monkeypatch.setattr(llama, "attend_causally", attend_evenly)
+    model = network.bind(tiny_config, tiny_params).language_model
+    embeds = model.embed_tokens(jnp.arange(3, 3 + 22).reshape(2, 11))
+    prompts, first, second = embeds[:, :4], embeds[:, 4:7], embeds[:, 7:]
+    mask = jnp.array([[False, True, True, True], [True, True, True, True]])
+    branches = llama.Branch(first), llama.Branch(second)  # 3 and 4 tokens, without masks
+    expected, states = (
+        model.read_branches(prompts, mask, branches, attention=kernel)
+        for kernel in ("xla", "cudnn")
+    )
+    assert lengths == {0}
+    for state, right in zip(states[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(state, right, atol=NETWORK)
 
 
 def test_positions_count_kept_tokens():

@@ -24,7 +24,7 @@ from corl_jax.policies.janus import network
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import RULES
-from corl_jax.train import attending, build, check, memory, resolve
+from corl_jax.train import attending, build, check, memory, resolve, states
 from corl_jax.train.optimizer import make_optimizer
 from corl_jax.weights.checkpoint import load_config
 from tests.support import tiny_runs
@@ -116,7 +116,7 @@ def test_arguments_are_the_shards_that_a_run_places(outline, planned, update, ti
         tiny_runs.place_params(x, mesh, RULES) for x in partition(params, outline.trained)
     )
     optimizer = make_optimizer(config.optimizer, 1)
-    shardings = build.state_shardings(optimizer, trained, mesh, RULES)
+    shardings = states.state_shardings(optimizer, trained, mesh, RULES)
     moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
 
     def on_first(tree):

@@ -32,8 +32,8 @@ from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import RULES, TRAINABLE
 from corl_jax.runs.pace import Phases
-from corl_jax.train import build, step
 from corl_jax.train import iteration as rl_iteration
+from corl_jax.train import states, step
 from corl_jax.train.optimizer import make_optimizer, master_dtype
 from corl_jax.train.reference import make_fixed_reference
 from corl_jax.train.stages import STAGES
@@ -407,7 +407,7 @@ def stepped(request, params):
         schema.Optimizer(name=request.param, learning_rate=1e-3, weight_decay=0.01), 10
     )
     trained, frozen = (place_params(part, mesh, RULES) for part in partition(params, TRAINABLE))
-    shardings = build.state_shardings(optimizer, trained, mesh, RULES)
+    shardings = states.state_shardings(optimizer, trained, mesh, RULES)
     with jax.set_mesh(mesh):
         opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
         state = jax.device_put(step.TrainState(jnp.int32(0), trained, opt_state), shardings)
@@ -444,7 +444,7 @@ def test_moments_lie_as_their_parameters(config, params):
     moments = [
         leaf.spec
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            build.state_shardings(optimizer, trained, mesh, RULES).opt_state
+            states.state_shardings(optimizer, trained, mesh, RULES).opt_state
         )
         if "q_proj" in jax.tree_util.keystr(path)
     ]

@@ -22,7 +22,7 @@ from corl_jax.policies.janus import network
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.layout import RULES, TRAINABLE
 from corl_jax.runs.checkpoints import Checkpoints
-from corl_jax.train import build
+from corl_jax.train import states
 from corl_jax.train.optimizer import make_optimizer
 from corl_jax.train.step import TrainState
 from corl_jax.weights import dtypes, sharded_load, sources, storage
@@ -266,7 +266,7 @@ def test_a_state_comes_back_on_another_mesh(tmp_path, tiny_config, before):
     )
     state = jax.tree.map(draw, abstract)
     places = {
-        n: build.state_shardings(optimizer, shapes, mesh, RULES) for n, mesh in meshes.items()
+        n: states.state_shardings(optimizer, shapes, mesh, RULES) for n, mesh in meshes.items()
     }
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, jax.device_put(state, places[before]), {})

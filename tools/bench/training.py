@@ -20,9 +20,10 @@ from corl_jax.rewards.samples import Context, Samples
 from corl_jax.runs.pace import Phases
 from corl_jax.tasks import UNIFIED
 from corl_jax.train import iteration as rl_iteration
-from corl_jax.train.build import state_shardings, task_weights
+from corl_jax.train.build import task_weights
 from corl_jax.train.optimizer import learning_rate, make_optimizer
 from corl_jax.train.run import Run
+from corl_jax.train.states import state_shardings
 from corl_jax.train.step import TrainState, UpdateOptions, make_train_step
 from corl_jax.types import Params, Prompts
 from tools.bench import inputs

@@ -121,7 +121,9 @@ def sample_own_answers(
     `sampling.sample_text`. A greedy completion has a greedy image and a greedy answer.
     """
     guided = options.cfg_scale != 1.0
-    program = _own_image_program.choose_build(len(keys) * (1 + guided), params, prompts, keys)
+    # A pass reads a window of codes in each row.
+    rows = len(keys) * (1 + guided) * options.image_window
+    program = _own_image_program.choose_build(rows, params, prompts, keys)
     codes, code_logprobs, answer, mask, logprobs = program(
         sizes, params, prompts, keys, jnp.float32(options.cfg_scale),
         jnp.float32(options.temperature), special=options.special, image=options.image,

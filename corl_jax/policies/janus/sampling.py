@@ -207,7 +207,9 @@ def sample_images(
     # Scale and temperature are traced, so that another value compiles nothing; whether there is
     # guidance decides the shapes.
     guided = cfg_scale != 1.0
-    program = image_program.choose_build(len(keys) * (1 + guided), params, prompts, keys)
+    # A pass reads a window of codes in each row.
+    rows = len(keys) * (1 + guided) * window
+    program = image_program.choose_build(rows, params, prompts, keys)
     tokens, logprobs = program(
         config, params, prompts, keys, jnp.float32(cfg_scale), jnp.float32(temperature),
         special=special, guided=guided, image_logprobs=image_logprobs, greedy=greedy,

@@ -135,7 +135,9 @@ def sample_thinking(
     change plans.
     """
     guided = options.cfg_scale != 1.0
-    program = _think_program.choose_build(len(keys) * (1 + guided), params, prompts, keys)
+    # A pass reads a window of codes in each row.
+    rows = len(keys) * (1 + guided) * options.image_window
+    program = _think_program.choose_build(rows, params, prompts, keys)
     plan, mask, logprobs, codes, code_logprobs = program(
         sizes, params, prompts, keys, jnp.float32(options.cfg_scale),
         jnp.float32(options.temperature), special=options.special,

@@ -17,6 +17,7 @@ GROUPS = {
     "language_model": ("language_model/.*", "lm_head/.*"),
     # around the language model: latents in, velocities out, and the projector of training
     "image_head": ("generation_.*", "alignment_projector/.*"),
+    # `begin_embedding` has no gradient, as in the original: a rate of its group can only decay it.
     "image_encoder": ("vision_model/.*", "aligner/.*", "begin_embedding"),
     "image_tokenizer": ("vae/.*",),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,10 @@ from corl_jax.policies.choices import (
     sample_keys,
     token_logprobs,
 )
+from corl_jax.policies.family import SamplingOptions
 from corl_jax.policies.image_chunks import choose_chunks
 from corl_jax.policies.janus import images as janus_images
-from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus import network, own_images, sampling, thinking
 from corl_jax.policies.janus.images import count_decoded, decode_images
 from corl_jax.policies.janus.layout import RULES
 from corl_jax.policies.janus.tokens import SpecialTokens
@@ -515,6 +517,31 @@ def test_unknown_options_of_xla_are_left_out(caplog):
         found = compiling.list_accepted_options(known, unknown, compiling.CONCURRENT)
         assert found == dict([known, compiling.CONCURRENT])
     assert "xla_gpu_of_tomorrow=True" in caplog.text and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize(
+    "module, name, results",
+    [(sampling, "image_program", 2), (own_images, "_own_image_program", 5),
+     (thinking, "_think_program", 5)],
+    ids=["images", "questions about them", "images behind plans"],
+)  # fmt: skip
+def test_a_build_is_chosen_by_the_tokens_of_a_pass(
+    config, params, monkeypatch, window, module, name, results
+):
+    """Two rows of each image, with guidance and without the prompt, and a window of each."""
+    seen, nothing = [], [jnp.zeros((4 * GROUP, 3))] * results
+    program = SimpleNamespace(
+        choose_build=lambda rows, *arguments: seen.append(rows) or (lambda *_, **__: nothing)
+    )
+    monkeypatch.setattr(module, name, program)
+    sample = {
+        sampling: sampling.sample_codes, own_images: own_images.sample_own_answers,
+        thinking: thinking.sample_thinking,
+    }[module]  # fmt: skip
+    options = SamplingOptions(special=SPECIAL, cfg_scale=5.0, image_window=window)
+    sample(config, params, drawing_prompts(), keys_of(range(4)), options)
+    assert seen == [4 * GROUP * 2 * window]
 
 
 def test_a_sampler_forgets_all_of_its_builds():
