@@ -1,6 +1,6 @@
 """Captions images with BLIP, greedily.
 
-The host resizes images. One device program normalises them, encodes them and decodes captions.
+One device program resizes and normalises images, encodes them and decodes captions.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from corl_jax.devices.batches import run_in_pieces
 from corl_jax.errors import InputError, Problems
 from corl_jax.models import modules
 from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig, DecoderCache, TextDecoder
+from corl_jax.models.pillow_resize import resize_levels
+from corl_jax.rewards.image import resize_on_host
 from corl_jax.types import Params
 from corl_jax.weights.folders import open_unmarked_folder
 from corl_jax.weights.foreign_config import Fields
@@ -73,9 +75,8 @@ def generate_caption_tokens(
             max_new_tokens=max_new_tokens, dtype=jnp.dtype(network.dtype),
         )  # fmt: skip
 
-    # Resized per piece: all images at once would take N * size * size * 3 bytes.
     def take(index: np.ndarray) -> tuple:
-        return (squash_to_size(images[index], settings.size),)
+        return (resize_on_host(images[index], settings.size, "bicubic"),)
 
     return run_in_pieces(program, take, len(images), chunk, network.params)[0]
 
@@ -110,7 +111,9 @@ def _caption_program(
     with jax.default_matmul_precision("highest"):
         # Parameters may be stored in another dtype than the one to compute in.
         model = modules.bind(Blip, config, jax.tree.map(lambda x: x.astype(dtype), params))
-        features = model.vision_model(normalise_images(images, settings))
+        # Squashed, whatever their aspect ratio, as BlipProcessor does.
+        pixels = normalise_images(resize_levels(images, settings.size), settings)
+        features = model.vision_model(pixels)
         return decode_greedily(model.text_decoder, features, max_new_tokens)
 
 
@@ -172,14 +175,6 @@ class ImageSettings:
     mean: Triple
     std: Triple
     scale: float  # of a pixel's 0 to 255, before mean and std
-
-
-def squash_to_size(images: np.ndarray, size: int) -> np.ndarray:
-    """Resizes images uint8 [N, H, W, 3] to [N, size, size, 3], bicubic, as BlipProcessor does."""
-    if images.shape[1:3] == (size, size):
-        return images
-    resized = (Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC) for x in images)
-    return np.stack([np.asarray(x) for x in resized])
 
 
 def normalise_images(images: jax.Array, settings: ImageSettings) -> jax.Array:

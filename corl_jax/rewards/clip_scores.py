@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from corl_jax.config.fields import PositiveFloat
 from corl_jax.console import hide_import_advice
@@ -23,6 +22,8 @@ from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig
+from corl_jax.models.pillow_resize import resize_levels
+from corl_jax.rewards.image import resize_on_host
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.types import Params
 from corl_jax.weights.folders import open_unmarked_folder
@@ -87,15 +88,15 @@ def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | No
     Raises:
         InputError: the folder has no tokenizer, or the tokenizer of another network.
     """
-    pixels = resize_images(images, network.config.image_size)
+    images = resize_on_host(images, network.config.image_size, "bicubic")
     # An empty prompt runs too, so that the number of rows stays; its cosine is replaced by NaN.
     ids = tokenize_prompts(network, [prompt or "" for prompt in prompts])
 
     def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return pixels[index], ids[index]
+        return images[index], ids[index]
 
     program = functools.partial(_compute_cosines, network.config, network.params)
-    (cosines,) = run_in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
+    (cosines,) = run_in_pieces(program, take, len(images), IMAGES_AT_ONCE, network.params)
     has_prompt = [bool((prompt or "").strip()) for prompt in prompts]
     return np.where(has_prompt, cosines, np.float32(np.nan))
 
@@ -115,24 +116,24 @@ def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
             f"in {network.folder} gives {width}; use the one that it was trained on, such as "
             "ViT-L/14"
         )
-    pixels = resize_images(images, network.config.image_size)
+    images = resize_on_host(images, network.config.image_size, "bicubic")
 
-    def program(pixels: jax.Array) -> jax.Array:
-        return _compute_ratings(network.config, network.params, head.config, head.params, pixels)
+    def program(images: jax.Array) -> jax.Array:
+        return _compute_ratings(network.config, network.params, head.config, head.params, images)
 
     def take(index: np.ndarray) -> tuple[np.ndarray]:
-        return (pixels[index],)
+        return (images[index],)
 
-    (ratings,) = run_in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
+    (ratings,) = run_in_pieces(program, take, len(images), IMAGES_AT_ONCE, network.params)
     return ratings
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _compute_cosines(
-    config: ClipConfig, params: Params, pixels: jax.Array, ids: jax.Array
+    config: ClipConfig, params: Params, images: jax.Array, ids: jax.Array
 ) -> jax.Array:
     model = modules.bind(Clip, config, params)
-    image_embeds = model.image_embeds(normalise_pixels(config, pixels))
+    image_embeds = model.image_embeds(_prepare_images(config, images))
     # Both are unit vectors [B, D], so the sum of products is the cosine [B].
     return (image_embeds * model.text_embeds(ids)).sum(axis=-1)
 
@@ -143,9 +144,9 @@ def _compute_ratings(
     params: Params,
     head_config: AestheticConfig,
     head_params: Params,
-    pixels: jax.Array,
+    images: jax.Array,
 ) -> jax.Array:
-    image_embeds = modules.bind(Clip, config, params).image_embeds(normalise_pixels(config, pixels))
+    image_embeds = modules.bind(Clip, config, params).image_embeds(_prepare_images(config, images))
     head = modules.bind(AestheticHead, head_config, head_params)
     # The head's output is the score itself, so it must not change with the device's rounding.
     with jax.default_matmul_precision("highest"):
@@ -179,14 +180,10 @@ def find_aesthetic_problems(options: Mapping[str, Any], sizes: Mapping[str, Any]
 # ---- inputs
 
 
-def resize_images(images: np.ndarray, size: int) -> np.ndarray:
-    """Resizes square images [N, S, S, 3] uint8 to [N, size, size, 3], bicubic, antialiased."""
-    if images.shape[1:3] == (size, size):
-        return images
+def _prepare_images(config: ClipConfig, images: jax.Array) -> jax.Array:
+    """Returns squares [N, S, S, 3] uint8 as the vision tower reads them."""
     # CLIP also crops the centre. A square image has nothing to crop.
-    shape = (size, size)
-    resized = (Image.fromarray(x).resize(shape, Image.Resampling.BICUBIC) for x in images)
-    return np.stack([np.asarray(x) for x in resized])
+    return normalise_pixels(config, resize_levels(images, config.image_size))
 
 
 def normalise_pixels(config: ClipConfig, pixels: jax.Array) -> jax.Array:

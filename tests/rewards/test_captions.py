@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from PIL import Image
 
 from corl_jax.devices.mesh import network_shardings
 from corl_jax.errors import InputError
@@ -282,18 +281,6 @@ def test_pixels_are_normalised_as_computed_by_hand():
     settings = captions.ImageSettings(2, (0.5, 0.25, 0.2), (0.5, 0.25, 0.4), 1 / 255)
     found = captions.normalise_images(np.array([[0, 255, 51]], np.uint8), settings)
     np.testing.assert_allclose(found, [[-1.0, 3.0, 0.0]], atol=1e-6)
-
-
-def test_images_of_the_right_size_are_left_alone(images):
-    assert captions.squash_to_size(images, SIZE) is images
-
-
-def test_images_are_squashed_by_pillow():
-    wide = np.random.default_rng(3).integers(0, 256, (2, 9, 31, 3), dtype=np.uint8)
-    found = captions.squash_to_size(wide, 8)
-    for one, expected in zip(found, wide, strict=True):
-        resized = Image.fromarray(expected).resize((8, 8), Image.Resampling.BICUBIC)
-        np.testing.assert_array_equal(one, np.asarray(resized))
 
 
 def test_settings_are_those_of_the_file(tmp_path):

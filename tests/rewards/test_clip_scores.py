@@ -18,7 +18,7 @@ from transformers import CLIPTokenizerFast
 
 from corl_jax.devices.mesh import network_shardings
 from corl_jax.errors import InputError, Problems
-from corl_jax.models import modules
+from corl_jax.models import modules, pillow_resize
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig, TowerConfig
 from corl_jax.params import map_with_path
@@ -161,13 +161,6 @@ def test_pixels_by_hand():
     assert found.tolist() == pytest.approx(by_hand, abs=NETWORK)
 
 
-def test_images_of_the_right_size_are_left_alone(drawings):
-    assert clip_scores.resize_images(drawings, 40) is drawings
-    smaller = clip_scores.resize_images(drawings, 10)
-    assert (smaller.shape, smaller.dtype) == ((5, 10, 10, 3), np.uint8)
-    assert np.abs(smaller.mean((1, 2)) - drawings.mean((1, 2))).max() < 3
-
-
 # ---- scores
 
 
@@ -207,7 +200,7 @@ def test_pieces_and_devices_change_nothing(network, head, drawings, mesh, monkey
 def test_ratings_are_the_heads(network, head, drawings):
     found = clip_scores.aesthetic_rating(network, head, drawings)
     pixels = clip_scores.normalise_pixels(
-        TINY, jnp.asarray(clip_scores.resize_images(drawings, 24))
+        TINY, pillow_resize.resize_levels(jnp.asarray(drawings), 24)
     )
     x = np.asarray(features(TINY, "image_features", network.params, pixels))
     x = x / np.linalg.norm(x, axis=-1, keepdims=True)

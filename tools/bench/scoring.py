@@ -11,14 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from corl_jax import tasks
 from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import network_shardings
 from corl_jax.models import modules
-from corl_jax.rewards import captions, image, registry, similarity
-from corl_jax.rewards.image import LPIPS_SIZE, lpips_distance
+from corl_jax.rewards import captions, registry, similarity
+from corl_jax.rewards.image import lpips_distance
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import BoundReward
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
@@ -129,12 +128,6 @@ def _measure_cycle_terms(
         if "lpips" in networks:
             distance = functools.partial(lpips_distance, networks["lpips"], images, real)
             yield Record("rewards", "  lpips", measure(distance, setting.repeats), {})
-            timing = measure(functools.partial(_squash_images, images), setting.repeats)
-            yield Record("rewards", "  of it, images resized on the host", timing, {})
-
-
-def _squash_images(images: np.ndarray) -> list[np.ndarray]:
-    return [image.squash_image(Image.fromarray(pixels), LPIPS_SIZE) for pixels in images]
 
 
 def _measure_answer_rewards(setting: Setting) -> Iterator[Record]:
