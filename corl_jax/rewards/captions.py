@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax import lax
 from PIL import Image
 
 from corl_jax.console import hide_import_advice
-from corl_jax.devices.batches import run_in_pieces
+from corl_jax.devices.batches import PendingRows, run_in_pieces
 from corl_jax.errors import InputError, Problems
 from corl_jax.models import modules
 from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig, DecoderCache, TextDecoder
@@ -36,23 +37,27 @@ Triple = tuple[float, float, float]
 
 def caption_images(
     network: Any, images: np.ndarray, *, max_new_tokens: int = 50, chunk: int = CHUNK
-) -> list[str]:
-    """Returns one caption per image uint8 [N, H, W, 3], of at most `max_new_tokens` tokens.
+) -> Callable[[], list[str]]:
+    """Captions images uint8 [N, H, W, 3] with at most `max_new_tokens` tokens, without waiting.
 
-    `network` is a BLIP captioner (see `samples.Network`) whose folder holds the tokenizer and the
-    image settings. Each process captions only the images of its rows.
+    Returns a function that waits for the captions, one per image. `network` is a BLIP captioner
+    (see `samples.Network`) whose folder holds the tokenizer and the image settings. Each process
+    captions only the images of its rows.
 
     Raises: InputError for a folder without those files, settings that are not implemented, or
         more tokens than the decoder has positions.
     """
     tokenizer = load_tokenizer(Path(network.folder), network.config.text)
     tokens = generate_caption_tokens(network, images, max_new_tokens=max_new_tokens, chunk=chunk)
-    return [tokenizer.decode(row.tolist(), skip_special_tokens=True).strip() for row in tokens]
+    return lambda: [
+        tokenizer.decode(row.tolist(), skip_special_tokens=True).strip()
+        for row in np.asarray(tokens)
+    ]
 
 
 def generate_caption_tokens(
     network: Any, images: np.ndarray, *, max_new_tokens: int = 50, chunk: int = CHUNK
-) -> np.ndarray:
+) -> PendingRows:
     """Returns token ids int32 [N, max_new_tokens] of captions, without the first token.
 
     The separator ends a caption and pads its row. A caption without separator was cut.
@@ -66,7 +71,7 @@ def generate_caption_tokens(
             f"of the captioner in {network.folder}"
         )
     if not len(images):
-        return np.zeros((0, max_new_tokens), np.int32)
+        return PendingRows(lambda: np.zeros((0, max_new_tokens), np.int32))
     settings = read_image_settings(Path(network.folder), network.config.vision.image_size)
 
     def program(pixels: jax.Array) -> jax.Array:

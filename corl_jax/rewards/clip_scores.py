@@ -17,7 +17,7 @@ import numpy as np
 
 from corl_jax.config.fields import PositiveFloat
 from corl_jax.console import hide_import_advice
-from corl_jax.devices.batches import run_in_pieces
+from corl_jax.devices.batches import PendingRows, run_in_pieces
 from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
@@ -33,31 +33,32 @@ IMAGES_AT_ONCE = 64
 # ---- rewards
 
 
-def score_clip(samples: Samples, context: Context) -> np.ndarray:
+def score_clip(samples: Samples, context: Context) -> PendingRows:
     """Returns twice the cosine of image and prompt, in [-2, 2]; NaN without a prompt.
 
     Source: the released code, with LAION's ViT-H/14.
     """
     with context.network("clip") as network:
-        return 2.0 * clip_similarity(network, samples.require_images(), samples.column("prompt"))
+        cosine = clip_similarity(network, samples.require_images(), samples.column("prompt"))
+    return cosine.then(lambda x: 2.0 * x)
 
 
 def score_pickscore(
     samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0
-) -> np.ndarray:
+) -> PendingRows:
     """Returns PickScore, the scaled cosine, around 20, over `divisor`; NaN without a prompt.
 
     Flow-GRPO divides by 26, so that scores stay below 1.
     Source: Kirstain et al. 2023 (arXiv 2305.01569).
     """
     with context.network("pickscore") as network:
-        cosine = clip_similarity(network, samples.require_images(), samples.column("prompt"))
-        # CLIP stores the logarithm of its temperature.
+        # CLIP stores the logarithm of its temperature. It is read before the devices are busy.
         scale = np.exp(np.asarray(network.params["logit_scale"], np.float32))
-    return cosine * (scale / np.float32(divisor))
+        cosine = clip_similarity(network, samples.require_images(), samples.column("prompt"))
+    return cosine.then(lambda x: x * (scale / np.float32(divisor)))
 
 
-def score_hpsv2(samples: Samples, context: Context) -> np.ndarray:
+def score_hpsv2(samples: Samples, context: Context) -> PendingRows:
     """Returns the human preference score v2, a cosine around 0.27; NaN without a prompt.
 
     Source: Wu et al. 2023 (arXiv 2306.09341).
@@ -68,19 +69,20 @@ def score_hpsv2(samples: Samples, context: Context) -> np.ndarray:
 
 def score_aesthetic(
     samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0
-) -> np.ndarray:
+) -> PendingRows:
     """Computes the predicted rating of an image, about 1 to 10, over `divisor`; ignores the prompt.
 
     Source: christophschuhmann/improved-aesthetic-predictor, on OpenAI's ViT-L/14.
     """
     with context.network("clip_l14") as network, context.network("aesthetic") as head:
-        return aesthetic_rating(network, head, samples.require_images()) / np.float32(divisor)
+        rating = aesthetic_rating(network, head, samples.require_images())
+    return rating.then(lambda x: x / np.float32(divisor))
 
 
 # ---- scores
 
 
-def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | None]) -> np.ndarray:
+def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | None]) -> PendingRows:
     """Computes cosines of images [N, S, S, 3] uint8 and prompts, [N] float32; NaN for an empty one.
 
     `network` is a Network of a Clip whose folder holds its tokenizer.
@@ -98,10 +100,10 @@ def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | No
     program = functools.partial(_compute_cosines, network.config, network.params)
     (cosines,) = run_in_pieces(program, take, len(images), IMAGES_AT_ONCE, network.params)
     has_prompt = [bool((prompt or "").strip()) for prompt in prompts]
-    return np.where(has_prompt, cosines, np.float32(np.nan))
+    return cosines.then(lambda x: np.where(has_prompt, x, np.float32(np.nan)))
 
 
-def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
+def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> PendingRows:
     """Computes predicted ratings [N] float32 of images [N, S, S, 3] uint8.
 
     `network` is a Network of a Clip, `head` a Network of an AestheticHead.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
-from corl_jax.devices.batches import run_in_pieces
+from corl_jax.devices.batches import PendingRows, run_in_pieces
 from corl_jax.errors import InputError
 from corl_jax.models import modules, pillow_resize
 from corl_jax.models.vgg import Lpips, VggConfig
@@ -243,7 +243,7 @@ def lpips_distance(
     *,
     size: int = LPIPS_SIZE,
     fit: str = "squash",
-) -> np.ndarray:
+) -> PendingRows:
     """Computes LPIPS of generated images [N, S, S, 3] uint8 to real ones: [N], NaN without one.
 
     Both are resized to `size` pixels a side, bilinear with antialiasing. `fit` says how the real
@@ -265,7 +265,8 @@ def lpips_distance(
     (distances,) = run_in_pieces(
         program, take, len(generated), LPIPS_IMAGES_AT_ONCE, network.params
     )
-    return np.where([x is None for x in fitted], np.float32(np.nan), distances)
+    is_missing = [x is None for x in fitted]
+    return distances.then(lambda x: np.where(is_missing, np.float32(np.nan), x))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -13,7 +13,7 @@ from corl_jax.config.fields import Fraction
 from corl_jax.data.column_values import find_spec_problem
 from corl_jax.data.drawn_world import checker
 from corl_jax.data.drawn_world.scene import Spec
-from corl_jax.devices.batches import run_in_pieces
+from corl_jax.devices.batches import PendingRows, run_in_pieces
 from corl_jax.errors import Problems
 from corl_jax.rewards import image
 from corl_jax.rewards.samples import Context, Samples, score_rows
@@ -24,12 +24,14 @@ ImageTerm = Literal["rmse", "mse", "ssim", "psnr"]
 Fit = Literal["squash", "centre_crop", "pad"]
 
 
-def score_pixel_mse(samples: Samples, context: Context, *, image_fit: Fit = "squash") -> np.ndarray:
+def score_pixel_mse(
+    samples: Samples, context: Context, *, image_fit: Fit = "squash"
+) -> PendingRows:
     """Returns 1 - sliding-window RMSE to the real image, in [-1, 1]; NaN without a real image."""
     return compare_to_real_images(samples, context, "pixel_mse", image_fit)
 
 
-def compare_to_real_images(samples: Samples, context: Context, score: str, fit: str) -> np.ndarray:
+def compare_to_real_images(samples: Samples, context: Context, score: str, fit: str) -> PendingRows:
     """Scores generated images against the real images of their rows: [N]; NaN without a real image.
 
     `score` is `pixel_mse` or a key of `image.IMAGE_TERMS`. `fit` says how real images are
@@ -49,7 +51,8 @@ def compare_to_real_images(samples: Samples, context: Context, score: str, fit: 
 
     program = functools.partial(_score_program, score)
     (scores,) = run_in_pieces(program, take, len(samples), IMAGES_AT_ONCE, context.params)
-    return np.where([pixels is None for pixels in real], np.float32(np.nan), scores)
+    is_missing = [pixels is None for pixels in real]
+    return scores.then(lambda x: np.where(is_missing, np.float32(np.nan), x))
 
 
 @functools.partial(jax.jit, static_argnames=("score",))

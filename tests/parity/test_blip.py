@@ -199,7 +199,7 @@ def test_captions_of_pictures(pair, shape, tmp_path):
     expected = [processor.decode(row, skip_special_tokens=True).strip() for row in theirs]
 
     network = Network(pair.config, jax.tree.map(jnp.asarray, pair.params), tmp_path, jnp.float32)
-    found = captions.caption_images(network, images, max_new_tokens=12, chunk=2)
+    found = captions.caption_images(network, images, max_new_tokens=12, chunk=2)()
     assert found == expected
     assert len(set(found)) > 1
 

@@ -114,20 +114,24 @@ def _measure_cycle_terms(
         networks = {name: stack.enter_context(frozen.use()) for name, frozen in placement.items()}
         if "blip" in networks:
             tokens = {"max_new_tokens": setting.size.caption}
-            describe = functools.partial(
-                captions.caption_images, networks["blip"], images, **tokens
-            )
+
+            def describe() -> list[str]:
+                return captions.caption_images(networks["blip"], images, **tokens)()
+
             timing, texts = measure(describe, setting.repeats), describe()
             caption_tokens = captions.generate_caption_tokens(networks["blip"], images, **tokens)
-            ended = caption_tokens == networks["blip"].config.text.sep_token_id
+            ended = np.asarray(caption_tokens) == networks["blip"].config.text.sep_token_id
             figures = {"different": len(set(texts)), "cut": float(1 - ended.any(axis=1).mean())}
             yield Record("rewards", "  captions by blip", timing, figures)
         if "bert" in networks:
             compare = functools.partial(similarity.bert_score, networks["bert"], texts, prompts)
             yield Record("rewards", "  bertscore", measure(compare, setting.repeats), {})
         if "lpips" in networks:
-            distance = functools.partial(lpips_distance, networks["lpips"], images, real)
-            yield Record("rewards", "  lpips", measure(distance, setting.repeats), {})
+
+            def compute_distances() -> np.ndarray:
+                return np.asarray(lpips_distance(networks["lpips"], images, real))
+
+            yield Record("rewards", "  lpips", measure(compute_distances, setting.repeats), {})
 
 
 def _measure_answer_rewards(setting: Setting) -> Iterator[Record]:
