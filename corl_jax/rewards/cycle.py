@@ -55,17 +55,15 @@ def score_bid_cycle(
     image_scores = _compare_to_real_images(samples, context, image_term, image_fit)
 
     def finish() -> np.ndarray:
-        terms = [
-            compare_texts(
-                text_term, wait_for_captions(), samples.column("prompt"), context, bert_layer
-            ),
-            np.asarray(image_scores),
-        ]
+        prompts = samples.column("prompt")
+        of_text = compare_texts(text_term, wait_for_captions(), prompts, context, bert_layer)
+        of_image = np.asarray(image_scores)
         # Only with `normalise`: 1 - LPIPS and a cosine of sentences can be negative, and the
         # released code adds them as they are.
         if normalise:
-            terms = [np.clip(term, 0.0, 1.0) for term in terms]
-        return np.asarray(image.cycle_reward(*map(jnp.asarray, terms), normalise), np.float32)
+            of_text, of_image = (np.clip(term, 0.0, 1.0) for term in (of_text, of_image))
+        total = image.cycle_reward(jnp.asarray(of_text), jnp.asarray(of_image), normalise)
+        return np.asarray(total, np.float32)
 
     return PendingRows(finish)
 
