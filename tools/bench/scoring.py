@@ -39,24 +39,37 @@ def measure_rewards(setting: Setting) -> Iterator[Record]:
     # Otherwise random captions could end early, and the time would be that of fewer tokens.
     policy = prevent_end(setting.make_policy(jnp.float32), setting.processor.special.eos)
     scored = _make_image_samples(setting)
-    yield from _measure_stage_one(setting, policy, scored)
+    for label, rewards in _list_stage_one(setting):
+        yield from _measure_stage_one(setting, policy, scored, label, rewards)
     for label, reward in _list_image_rewards(setting):
         yield from _measure_reward(setting, policy, scored, label, reward)
     yield from _measure_answer_rewards(setting)
 
 
+def _list_stage_one(setting: Setting) -> Iterator[tuple[str, list[BoundReward]]]:
+    """Yields the config's rewards, and the same with captions by the policy."""
+    config = config_files.load(UNIFIED)
+    bound = registry.bind_rewards(config.rewards, config.compat)
+    by_policy = _bind_policy_cycle(setting)
+    yield "stage 1", bound
+    yield "stage 1 (policy)", [by_policy if x.name == CYCLE else x for x in bound]
+
+
+def _bind_policy_cycle(setting: Setting) -> BoundReward:
+    options = {
+        "caption": "policy", "text_term": "jaccard", "image_term": "rmse",
+        "max_new_tokens": setting.size.policy_caption,
+    }  # fmt: skip
+    return registry.bind_reward(CYCLE, options)
+
+
 def _list_image_rewards(setting: Setting) -> Iterator[tuple[str, BoundReward]]:
-    size = setting.size
     blip = {
         "caption": "blip", "text_term": "bertscore", "image_term": "lpips",
-        "max_new_tokens": size.caption,
-    }  # fmt: skip
-    policy = {
-        "caption": "policy", "text_term": "jaccard", "image_term": "rmse",
-        "max_new_tokens": size.policy_caption,
+        "max_new_tokens": setting.size.caption,
     }  # fmt: skip
     yield f"{CYCLE} (blip)", registry.bind_reward(CYCLE, blip)
-    yield f"{CYCLE} (policy)", registry.bind_reward(CYCLE, policy)
+    yield f"{CYCLE} (policy)", _bind_policy_cycle(setting)
     for name in (
         "t2i_ti_sim", "t2i_clip_reward", "pickscore", "hpsv2", "aesthetic", "t2i_pixel_mse",
     ):  # fmt: skip
@@ -80,11 +93,14 @@ def _measure_reward(
         yield Record("rewards", f"{label}{_describe_placement(placement)}", timing, figures)
 
 
-def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Record]:
-    """Measures all rewards of the config, one after another, on the images and as many answers."""
-    config = config_files.load(UNIFIED)
-    bound = registry.bind_rewards(config.rewards, config.compat)
-    resolved = registry.group_by_task(bound, tasks.UNIFIED)
+def _measure_stage_one(
+    setting: Setting, policy: Any, scored: Samples, label: str, rewards: list[BoundReward]
+) -> Iterator[Record]:
+    """Measures rewards together, as a step scores them, on the images and as many answers.
+
+    The seconds of a reward contain those of the devices' work that was started before it.
+    """
+    resolved = registry.group_by_task(rewards, tasks.UNIFIED)
     answered = _make_answer_samples(setting, len(scored))
     names = dict.fromkeys(name for reward in resolved["t2i"] for name in reward.networks)
     networks = Networks(setting, tuple(names))
@@ -99,7 +115,7 @@ def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterat
         timing = measure(call, setting.repeats)
         figures = {f"{name}_s": cost["seconds"] for name, cost in call().items()}
         figures |= _count_moved(placement, setting.repeats + 2)
-        yield Record("rewards", f"stage 1{_describe_placement(placement)}", timing, figures)
+        yield Record("rewards", f"{label}{_describe_placement(placement)}", timing, figures)
         if not any(frozen.offloaded for frozen in placement.values()):
             yield from _measure_cycle_terms(setting, scored, placement)
 
