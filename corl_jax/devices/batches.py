@@ -195,21 +195,41 @@ def plan_pieces(
     return split_rows(num_rows, max_rows, multiple), functools.partial(put_rows, mesh)
 
 
+class PendingRows:
+    """Rows [N, ...] that devices may still compute. `np.asarray` waits for them.
+
+    Until then the host can start other programs, so that the devices do not wait for the host.
+    """
+
+    def __init__(self, wait: Callable[[], np.ndarray]):
+        self._wait = functools.cache(wait)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self._wait(), dtype=dtype, copy=copy)
+
+    def then(self, function: Callable[[np.ndarray], np.ndarray]) -> PendingRows:
+        """Returns the rows that `function` makes of these rows on the host."""
+        return PendingRows(lambda: function(self._wait()))
+
+
 def run_in_pieces(
     program: Callable[..., Any],
     take: Callable[[np.ndarray], tuple],
     num_rows: int,
     max_rows: int,
     params: Params | None,
-) -> list[np.ndarray]:
+) -> list[PendingRows]:
     """Runs a device program over all rows, about `max_rows` at a time.
 
     `take(row numbers)` returns the arguments of `program` for these rows. All pieces have one
     size, so the program is compiled once. Rows are spread over the devices of `params`.
-    Returns each output of the program as a host array with `num_rows` rows.
+    Returns each output of the program with `num_rows` rows, without waiting for it.
     """
     pieces, place = plan_pieces(num_rows, max_rows, params)
     outputs = [jax.tree.leaves(program(*place(take(index)))) for index in pieces]
-    columns = zip(*outputs, strict=True)
-    # Without the padding, which is at the end of the last piece.
-    return [np.concatenate([to_host_rows(x) for x in xs])[:num_rows] for xs in columns]
+
+    def join(pieces: tuple[jax.Array, ...]) -> PendingRows:
+        # Without the padding, which is at the end of the last piece.
+        return PendingRows(lambda: np.concatenate([to_host_rows(x) for x in pieces])[:num_rows])
+
+    return [join(pieces) for pieces in zip(*outputs, strict=True)]

@@ -20,7 +20,7 @@ class Offloadable:
 
     def __init__(self, params: Params, sharding: Any, *, offload: bool = False):
         self._sharding = sharding
-        self._offload = offload
+        self.is_offloaded = offload
         self._params = jax.device_put(params, host_shardings(sharding) if offload else sharding)
 
     def describe(self) -> Params:
@@ -30,7 +30,7 @@ class Offloadable:
     @contextlib.contextmanager
     def use(self) -> Iterator[Params]:
         """Yields the parameters, on the device."""
-        if not self._offload:
+        if not self.is_offloaded:
             yield self._params
             return
         params = jax.device_put(self._params, self._sharding)

@@ -1,12 +1,13 @@
 """Captions images with BLIP, greedily.
 
-The host resizes images. One device program normalises them, encodes them and decodes captions.
+One device program resizes and normalises images, encodes them and decodes captions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from jax import lax
 from PIL import Image
 
 from corl_jax.console import hide_import_advice
-from corl_jax.devices.batches import run_in_pieces
+from corl_jax.devices.batches import PendingRows, run_in_pieces
 from corl_jax.errors import InputError, Problems
 from corl_jax.models import modules
 from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig, DecoderCache, TextDecoder
+from corl_jax.models.pillow_resize import resize_levels
+from corl_jax.rewards.image import resize_on_host
 from corl_jax.types import Params
 from corl_jax.weights.folders import open_unmarked_folder
 from corl_jax.weights.foreign_config import Fields
@@ -34,23 +37,27 @@ Triple = tuple[float, float, float]
 
 def caption_images(
     network: Any, images: np.ndarray, *, max_new_tokens: int = 50, chunk: int = CHUNK
-) -> list[str]:
-    """Returns one caption per image uint8 [N, H, W, 3], of at most `max_new_tokens` tokens.
+) -> Callable[[], list[str]]:
+    """Captions images uint8 [N, H, W, 3] with at most `max_new_tokens` tokens, without waiting.
 
-    `network` is a BLIP captioner (see `samples.Network`) whose folder holds the tokenizer and the
-    image settings. Each process captions only the images of its rows.
+    Returns a function that waits for the captions, one per image. `network` is a BLIP captioner
+    (see `samples.Network`) whose folder holds the tokenizer and the image settings. Each process
+    captions only the images of its rows.
 
     Raises: InputError for a folder without those files, settings that are not implemented, or
         more tokens than the decoder has positions.
     """
     tokenizer = load_tokenizer(Path(network.folder), network.config.text)
     tokens = generate_caption_tokens(network, images, max_new_tokens=max_new_tokens, chunk=chunk)
-    return [tokenizer.decode(row.tolist(), skip_special_tokens=True).strip() for row in tokens]
+    return lambda: [
+        tokenizer.decode(row.tolist(), skip_special_tokens=True).strip()
+        for row in np.asarray(tokens)
+    ]
 
 
 def generate_caption_tokens(
     network: Any, images: np.ndarray, *, max_new_tokens: int = 50, chunk: int = CHUNK
-) -> np.ndarray:
+) -> PendingRows:
     """Returns token ids int32 [N, max_new_tokens] of captions, without the first token.
 
     The separator ends a caption and pads its row. A caption without separator was cut.
@@ -64,7 +71,7 @@ def generate_caption_tokens(
             f"of the captioner in {network.folder}"
         )
     if not len(images):
-        return np.zeros((0, max_new_tokens), np.int32)
+        return PendingRows(lambda: np.zeros((0, max_new_tokens), np.int32))
     settings = read_image_settings(Path(network.folder), network.config.vision.image_size)
 
     def program(pixels: jax.Array) -> jax.Array:
@@ -73,9 +80,8 @@ def generate_caption_tokens(
             max_new_tokens=max_new_tokens, dtype=jnp.dtype(network.dtype),
         )  # fmt: skip
 
-    # Resized per piece: all images at once would take N * size * size * 3 bytes.
     def take(index: np.ndarray) -> tuple:
-        return (squash_to_size(images[index], settings.size),)
+        return (resize_on_host(images[index], settings.size, "bicubic"),)
 
     return run_in_pieces(program, take, len(images), chunk, network.params)[0]
 
@@ -110,7 +116,9 @@ def _caption_program(
     with jax.default_matmul_precision("highest"):
         # Parameters may be stored in another dtype than the one to compute in.
         model = modules.bind(Blip, config, jax.tree.map(lambda x: x.astype(dtype), params))
-        features = model.vision_model(normalise_images(images, settings))
+        # Squashed, whatever their aspect ratio, as BlipProcessor does.
+        pixels = normalise_images(resize_levels(images, settings.size), settings)
+        features = model.vision_model(pixels)
         return decode_greedily(model.text_decoder, features, max_new_tokens)
 
 
@@ -172,14 +180,6 @@ class ImageSettings:
     mean: Triple
     std: Triple
     scale: float  # of a pixel's 0 to 255, before mean and std
-
-
-def squash_to_size(images: np.ndarray, size: int) -> np.ndarray:
-    """Resizes images uint8 [N, H, W, 3] to [N, size, size, 3], bicubic, as BlipProcessor does."""
-    if images.shape[1:3] == (size, size):
-        return images
-    resized = (Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC) for x in images)
-    return np.stack([np.asarray(x) for x in resized])
 
 
 def normalise_images(images: jax.Array, settings: ImageSettings) -> jax.Array:

@@ -14,15 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from corl_jax.config.fields import PositiveFloat
 from corl_jax.console import hide_import_advice
-from corl_jax.devices.batches import run_in_pieces
+from corl_jax.devices.batches import PendingRows, run_in_pieces
 from corl_jax.errors import InputError
 from corl_jax.models import modules
 from corl_jax.models.aesthetic import AestheticConfig, AestheticHead
 from corl_jax.models.clip import Clip, ClipConfig
+from corl_jax.models.pillow_resize import resize_levels
+from corl_jax.rewards.image import resize_on_host
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.types import Params
 from corl_jax.weights.folders import open_unmarked_folder
@@ -32,31 +33,32 @@ IMAGES_AT_ONCE = 64
 # ---- rewards
 
 
-def score_clip(samples: Samples, context: Context) -> np.ndarray:
+def score_clip(samples: Samples, context: Context) -> PendingRows:
     """Returns twice the cosine of image and prompt, in [-2, 2]; NaN without a prompt.
 
     Source: the released code, with LAION's ViT-H/14.
     """
     with context.network("clip") as network:
-        return 2.0 * clip_similarity(network, samples.require_images(), samples.column("prompt"))
+        cosine = clip_similarity(network, samples.require_images(), samples.column("prompt"))
+    return cosine.then(lambda x: 2.0 * x)
 
 
 def score_pickscore(
     samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0
-) -> np.ndarray:
+) -> PendingRows:
     """Returns PickScore, the scaled cosine, around 20, over `divisor`; NaN without a prompt.
 
     Flow-GRPO divides by 26, so that scores stay below 1.
     Source: Kirstain et al. 2023 (arXiv 2305.01569).
     """
     with context.network("pickscore") as network:
-        cosine = clip_similarity(network, samples.require_images(), samples.column("prompt"))
-        # CLIP stores the logarithm of its temperature.
+        # CLIP stores the logarithm of its temperature. It is read before the devices are busy.
         scale = np.exp(np.asarray(network.params["logit_scale"], np.float32))
-    return cosine * (scale / np.float32(divisor))
+        cosine = clip_similarity(network, samples.require_images(), samples.column("prompt"))
+    return cosine.then(lambda x: x * (scale / np.float32(divisor)))
 
 
-def score_hpsv2(samples: Samples, context: Context) -> np.ndarray:
+def score_hpsv2(samples: Samples, context: Context) -> PendingRows:
     """Returns the human preference score v2, a cosine around 0.27; NaN without a prompt.
 
     Source: Wu et al. 2023 (arXiv 2306.09341).
@@ -67,19 +69,20 @@ def score_hpsv2(samples: Samples, context: Context) -> np.ndarray:
 
 def score_aesthetic(
     samples: Samples, context: Context, *, divisor: PositiveFloat = 1.0
-) -> np.ndarray:
+) -> PendingRows:
     """Computes the predicted rating of an image, about 1 to 10, over `divisor`; ignores the prompt.
 
     Source: christophschuhmann/improved-aesthetic-predictor, on OpenAI's ViT-L/14.
     """
     with context.network("clip_l14") as network, context.network("aesthetic") as head:
-        return aesthetic_rating(network, head, samples.require_images()) / np.float32(divisor)
+        rating = aesthetic_rating(network, head, samples.require_images())
+    return rating.then(lambda x: x / np.float32(divisor))
 
 
 # ---- scores
 
 
-def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | None]) -> np.ndarray:
+def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | None]) -> PendingRows:
     """Computes cosines of images [N, S, S, 3] uint8 and prompts, [N] float32; NaN for an empty one.
 
     `network` is a Network of a Clip whose folder holds its tokenizer.
@@ -87,20 +90,20 @@ def clip_similarity(network: Any, images: np.ndarray, prompts: Sequence[str | No
     Raises:
         InputError: the folder has no tokenizer, or the tokenizer of another network.
     """
-    pixels = resize_images(images, network.config.image_size)
+    images = resize_on_host(images, network.config.image_size, "bicubic")
     # An empty prompt runs too, so that the number of rows stays; its cosine is replaced by NaN.
     ids = tokenize_prompts(network, [prompt or "" for prompt in prompts])
 
     def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return pixels[index], ids[index]
+        return images[index], ids[index]
 
     program = functools.partial(_compute_cosines, network.config, network.params)
-    (cosines,) = run_in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
+    (cosines,) = run_in_pieces(program, take, len(images), IMAGES_AT_ONCE, network.params)
     has_prompt = [bool((prompt or "").strip()) for prompt in prompts]
-    return np.where(has_prompt, cosines, np.float32(np.nan))
+    return cosines.then(lambda x: np.where(has_prompt, x, np.float32(np.nan)))
 
 
-def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
+def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> PendingRows:
     """Computes predicted ratings [N] float32 of images [N, S, S, 3] uint8.
 
     `network` is a Network of a Clip, `head` a Network of an AestheticHead.
@@ -115,24 +118,24 @@ def aesthetic_rating(network: Any, head: Any, images: np.ndarray) -> np.ndarray:
             f"in {network.folder} gives {width}; use the one that it was trained on, such as "
             "ViT-L/14"
         )
-    pixels = resize_images(images, network.config.image_size)
+    images = resize_on_host(images, network.config.image_size, "bicubic")
 
-    def program(pixels: jax.Array) -> jax.Array:
-        return _compute_ratings(network.config, network.params, head.config, head.params, pixels)
+    def program(images: jax.Array) -> jax.Array:
+        return _compute_ratings(network.config, network.params, head.config, head.params, images)
 
     def take(index: np.ndarray) -> tuple[np.ndarray]:
-        return (pixels[index],)
+        return (images[index],)
 
-    (ratings,) = run_in_pieces(program, take, len(pixels), IMAGES_AT_ONCE, network.params)
+    (ratings,) = run_in_pieces(program, take, len(images), IMAGES_AT_ONCE, network.params)
     return ratings
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _compute_cosines(
-    config: ClipConfig, params: Params, pixels: jax.Array, ids: jax.Array
+    config: ClipConfig, params: Params, images: jax.Array, ids: jax.Array
 ) -> jax.Array:
     model = modules.bind(Clip, config, params)
-    image_embeds = model.image_embeds(normalise_pixels(config, pixels))
+    image_embeds = model.image_embeds(_prepare_images(config, images))
     # Both are unit vectors [B, D], so the sum of products is the cosine [B].
     return (image_embeds * model.text_embeds(ids)).sum(axis=-1)
 
@@ -143,9 +146,9 @@ def _compute_ratings(
     params: Params,
     head_config: AestheticConfig,
     head_params: Params,
-    pixels: jax.Array,
+    images: jax.Array,
 ) -> jax.Array:
-    image_embeds = modules.bind(Clip, config, params).image_embeds(normalise_pixels(config, pixels))
+    image_embeds = modules.bind(Clip, config, params).image_embeds(_prepare_images(config, images))
     head = modules.bind(AestheticHead, head_config, head_params)
     # The head's output is the score itself, so it must not change with the device's rounding.
     with jax.default_matmul_precision("highest"):
@@ -179,14 +182,10 @@ def find_aesthetic_problems(options: Mapping[str, Any], sizes: Mapping[str, Any]
 # ---- inputs
 
 
-def resize_images(images: np.ndarray, size: int) -> np.ndarray:
-    """Resizes square images [N, S, S, 3] uint8 to [N, size, size, 3], bicubic, antialiased."""
-    if images.shape[1:3] == (size, size):
-        return images
+def _prepare_images(config: ClipConfig, images: jax.Array) -> jax.Array:
+    """Returns squares [N, S, S, 3] uint8 as the vision tower reads them."""
     # CLIP also crops the centre. A square image has nothing to crop.
-    shape = (size, size)
-    resized = (Image.fromarray(x).resize(shape, Image.Resampling.BICUBIC) for x in images)
-    return np.stack([np.asarray(x) for x in resized])
+    return normalise_pixels(config, resize_levels(images, config.image_size))
 
 
 def normalise_pixels(config: ClipConfig, pixels: jax.Array) -> jax.Array:

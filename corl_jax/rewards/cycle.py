@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 
 from corl_jax.config.fields import Positive
 from corl_jax.data.instructions import CAPTION
+from corl_jax.devices.batches import PendingRows
 from corl_jax.rewards import captions, image, policy, similarity, spice, text
 from corl_jax.rewards.image import lpips_distance
 from corl_jax.rewards.image_rewards import Fit, compare_to_real_images
@@ -34,7 +35,7 @@ def score_bid_cycle(
     caption_greedy: bool = True,
     max_new_tokens: Positive = 64,
     chunk: Positive = policy.CHUNK,
-) -> np.ndarray:
+) -> PendingRows:
     """Computes R_cycle: caption against prompt, plus generated against real image; in [0, 2].
 
     `caption`: BLIP or the policy (see the option `scorer`) captions the image in at most
@@ -46,21 +47,25 @@ def score_bid_cycle(
     Source: arXiv 2505.17534 eq. 3 (blip, spice, lpips); the released code (blip, bertscore,
     lpips) and its second version (policy, jaccard, rmse).
     """
-    image_captions = make_captions(
+    # Captions first: the devices work on them while the host resizes the real images.
+    wait_for_captions = caption_images(
         samples, context, caption, scorer=scorer, greedy=caption_greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
-    text_scores = compare_texts(
-        text_term, image_captions, samples.column("prompt"), context, bert_layer
-    )
     image_scores = _compare_to_real_images(samples, context, image_term, image_fit)
-    # Only with `normalise`: 1 - LPIPS and a cosine of sentences can be negative, and the released
-    # code adds them as they are.
-    if normalise:
-        text_scores = np.clip(text_scores, 0.0, 1.0)
-        image_scores = np.clip(image_scores, 0.0, 1.0)
-    total = image.cycle_reward(jnp.asarray(text_scores), jnp.asarray(image_scores), normalise)
-    return np.asarray(total, np.float32)
+
+    def finish() -> np.ndarray:
+        prompts = samples.column("prompt")
+        of_text = compare_texts(text_term, wait_for_captions(), prompts, context, bert_layer)
+        of_image = np.asarray(image_scores)
+        # Only with `normalise`: 1 - LPIPS and a cosine of sentences can be negative, and the
+        # released code adds them as they are.
+        if normalise:
+            of_text, of_image = (np.clip(term, 0.0, 1.0) for term in (of_text, of_image))
+        total = image.cycle_reward(jnp.asarray(of_text), jnp.asarray(of_image), normalise)
+        return np.asarray(total, np.float32)
+
+    return PendingRows(finish)
 
 
 def score_cycle(
@@ -74,20 +79,23 @@ def score_cycle(
     caption_greedy: bool = True,
     max_new_tokens: Positive = 30,
     chunk: Positive = policy.CHUNK,
-) -> np.ndarray:
+) -> PendingRows:
     """Compares the caption of the image with the prompt; at most 1, NaN without a prompt.
 
     `score_bid_cycle` explains the options.
     Source: the released code.
     """
-    image_captions = make_captions(
+    wait_for_captions = caption_images(
         samples, context, caption, scorer=scorer, greedy=caption_greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
-    return compare_texts(text_term, image_captions, samples.column("prompt"), context, bert_layer)
+    prompts = samples.column("prompt")
+    return PendingRows(
+        lambda: compare_texts(text_term, wait_for_captions(), prompts, context, bert_layer)
+    )
 
 
-def make_captions(
+def caption_images(
     samples: Samples,
     context: Context,
     caption: Caption,
@@ -96,8 +104,11 @@ def make_captions(
     greedy: bool,
     max_new_tokens: int,
     chunk: int,
-) -> list[str]:
-    """Returns a caption of each image, by BLIP or by the policy."""
+) -> Callable[[], list[str]]:
+    """Captions the images by BLIP or by the policy, without waiting.
+
+    Returns a function that waits for the captions, one per image.
+    """
     if caption == "blip":
         with context.network("blip") as network:
             return captions.caption_images(
@@ -139,14 +150,14 @@ def compare_texts(
     return score_rows(measure_overlap, list(prompts), list(image_captions))
 
 
-def _compare_to_real_images(samples: Samples, context: Context, term: str, fit: Fit) -> np.ndarray:
+def _compare_to_real_images(samples: Samples, context: Context, term: str, fit: Fit) -> PendingRows:
     if term != "lpips":
         return compare_to_real_images(samples, context, term, fit)
     with context.network("lpips") as network:
         distance = lpips_distance(
             network, samples.require_images(), samples.column("real_image"), fit=fit
         )
-    return 1.0 - distance
+    return distance.then(lambda x: 1.0 - x)
 
 
 def find_option_problems(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:

@@ -1,8 +1,8 @@
 """Compares generated images with real ones: arrays -> one float per image.
 
 Images are [N, H, W, 3] float32 in [0, 1]; results are [N] float32. jit can trace these functions,
-except two: `fit_image` resizes a real image on the host, and `lpips_distance` runs a network on
-all rows.
+except three: `fit_image` and `resize_on_host` resize images on the host, and `lpips_distance` runs
+a network on all rows.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
-from corl_jax.devices.batches import run_in_pieces
+from corl_jax.devices.batches import PendingRows, run_in_pieces
 from corl_jax.errors import InputError
-from corl_jax.models import modules
+from corl_jax.models import modules, pillow_resize
 from corl_jax.models.vgg import Lpips, VggConfig
 from corl_jax.types import Params
 
@@ -156,19 +156,30 @@ def pixel_mse_reward(generated: jax.Array, real: jax.Array) -> jax.Array:
     return 1.0 - rmse_sliding_window(2.0 * generated - 1.0, 2.0 * real - 1.0)
 
 
-def squash_image(image: Image.Image, size: int) -> np.ndarray:
-    """Resizes the whole image to [size, size, 3] float32 in [0, 1]; its aspect ratio changes.
+def scale_levels(levels: jax.Array) -> jax.Array:
+    """Returns uint8 levels as float32 in [0, 1], to the bit as the host divides them by 255."""
+    # A table made on the host: XLA may replace the division by a product, which rounds differently.
+    return jnp.take(jnp.asarray(np.arange(256, dtype=np.float32) / 255), levels, axis=0)
 
-    The filter is bilinear with antialiasing, as in the released code (Q25).
+
+def resize_on_host(images: np.ndarray, size: int, name: pillow_resize.Filter) -> np.ndarray:
+    """Returns images uint8 [N, H, W, 3] as [N, size, size, 3], but squares as they are.
+
+    A program resizes squares itself, by `pillow_resize.resize_levels`.
     """
-    return fit_image(image, size, "squash")
+    if images.shape[1] == images.shape[2]:
+        return images
+    resample = Image.Resampling[name.upper()]
+    resized = (Image.fromarray(x).resize((size, size), resample) for x in images)
+    return np.stack([np.asarray(x) for x in resized])
 
 
 def fit_image(image: Image.Image, size: int, how: str = "squash") -> np.ndarray:
-    """Resizes a PIL image to [size, size, 3] float32 in [0, 1], like a generated image.
+    """Resizes a PIL image to uint8 [size, size, 3], like a generated image.
 
-    `squash` keeps all content and changes the aspect ratio. `centre_crop` keeps the aspect ratio
-    and cuts what is outside the largest centred square. `pad` keeps both and adds grey bars (Q25).
+    The filter is bilinear with antialiasing, as in the released code. `squash` keeps all content
+    and changes the aspect ratio. `centre_crop` keeps the aspect ratio and cuts what is outside the
+    largest centred square. `pad` keeps both and adds grey bars (Q25).
     Raises: InputError if `how` is unknown.
     """
     if how not in FITS:
@@ -185,8 +196,19 @@ def fit_image(image: Image.Image, size: int, how: str = "squash") -> np.ndarray:
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
     # PIL widens its bilinear kernel with the scale. This is the antialiasing.
-    resized = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(resized, np.float32) / 255.0
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def fit_images(
+    images: Sequence[Image.Image | None], size: int, how: str = "squash"
+) -> list[np.ndarray | None]:
+    """Resizes images as `fit_image` does; None stays None."""
+    # The completions of a prompt share one image object, so it is resized once.
+    distinct = {id(x): x for x in images if x is not None}
+    with ThreadPoolExecutor() as threads:  # Pillow releases the interpreter while it resizes
+        resized = threads.map(lambda x: fit_image(x, size, how), distinct.values())
+        by_object = dict(zip(distinct, resized, strict=True))
+    return [by_object.get(id(x)) for x in images]
 
 
 def _filter_valid(images: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -221,39 +243,38 @@ def lpips_distance(
     *,
     size: int = LPIPS_SIZE,
     fit: str = "squash",
-) -> np.ndarray:
+) -> PendingRows:
     """Computes LPIPS of generated images [N, S, S, 3] uint8 to real ones: [N], NaN without one.
 
     Both are resized to `size` pixels a side, bilinear with antialiasing. `fit` says how the real
     images are resized (see `fit_image`). `network` is a Network of a Lpips.
     Source: the released code (torchmetrics' LPIPS, net_type vgg, normalize).
     """
-    # The completions of a prompt share one image object, so it is resized once.
-    distinct = {id(x): x for x in real if x is not None}
-    resized = {key: fit_image(x, size, fit) for key, x in distinct.items()}
+    fitted = fit_images(real, size, fit)
     # For rows without a real image, so that the program keeps one shape. NaN replaces the distance
     # below.
-    blank = np.zeros((size, size, 3), np.float32)
-
-    def resize_generated(row: int) -> np.ndarray:
-        return squash_image(Image.fromarray(generated[row]), size)
+    blank = np.zeros((size, size, 3), np.uint8)
+    generated = resize_on_host(generated, size, "bilinear")
 
     def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pixels = np.stack(list(threads.map(resize_generated, index)))
-        return pixels, np.stack([resized.get(id(real[i]), blank) for i in index])
+        return generated[index], np.stack(
+            [blank if fitted[i] is None else fitted[i] for i in index]
+        )
 
     program = functools.partial(_compute_lpips, network.config, network.params)
-    with ThreadPoolExecutor() as threads:  # Pillow releases the interpreter while it resizes
-        (distances,) = run_in_pieces(
-            program, take, len(generated), LPIPS_IMAGES_AT_ONCE, network.params
-        )
-    return np.where([x is None for x in real], np.float32(np.nan), distances)
+    (distances,) = run_in_pieces(
+        program, take, len(generated), LPIPS_IMAGES_AT_ONCE, network.params
+    )
+    is_missing = [x is None for x in fitted]
+    return distances.then(lambda x: np.where(is_missing, np.float32(np.nan), x))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _compute_lpips(
     config: VggConfig, params: Params, generated: jax.Array, real: jax.Array
 ) -> jax.Array:
+    generated = pillow_resize.resize_levels(generated, real.shape[1], "bilinear")
     # Rounded products of an accelerator change the distance by as much as small edits do.
     with jax.default_matmul_precision("highest"):
-        return modules.bind(Lpips, config, params)(generated, real)
+        pixels = scale_levels(generated), scale_levels(real)
+        return modules.bind(Lpips, config, params)(*pixels)

@@ -13,7 +13,7 @@ from corl_jax.config.fields import Fraction
 from corl_jax.data.column_values import find_spec_problem
 from corl_jax.data.drawn_world import checker
 from corl_jax.data.drawn_world.scene import Spec
-from corl_jax.devices.batches import run_in_pieces
+from corl_jax.devices.batches import PendingRows, run_in_pieces
 from corl_jax.errors import Problems
 from corl_jax.rewards import image
 from corl_jax.rewards.samples import Context, Samples, score_rows
@@ -24,12 +24,14 @@ ImageTerm = Literal["rmse", "mse", "ssim", "psnr"]
 Fit = Literal["squash", "centre_crop", "pad"]
 
 
-def score_pixel_mse(samples: Samples, context: Context, *, image_fit: Fit = "squash") -> np.ndarray:
+def score_pixel_mse(
+    samples: Samples, context: Context, *, image_fit: Fit = "squash"
+) -> PendingRows:
     """Returns 1 - sliding-window RMSE to the real image, in [-1, 1]; NaN without a real image."""
     return compare_to_real_images(samples, context, "pixel_mse", image_fit)
 
 
-def compare_to_real_images(samples: Samples, context: Context, score: str, fit: str) -> np.ndarray:
+def compare_to_real_images(samples: Samples, context: Context, score: str, fit: str) -> PendingRows:
     """Scores generated images against the real images of their rows: [N]; NaN without a real image.
 
     `score` is `pixel_mse` or a key of `image.IMAGE_TERMS`. `fit` says how real images are
@@ -39,35 +41,27 @@ def compare_to_real_images(samples: Samples, context: Context, score: str, fit: 
         InputError: the images are too small for the score.
     """
     generated = samples.require_images()
-    real = _resize_real_images(samples.column("real_image"), generated.shape[1], fit)
+    real = image.fit_images(samples.column("real_image"), generated.shape[1], fit)
     # For rows without a real image, so that the program keeps one shape. NaN replaces the score
     # below.
-    blank = np.zeros(generated.shape[1:], np.float32)
+    blank = np.zeros(generated.shape[1:], np.uint8)
 
-    # float32 only per piece: uint8 takes a quarter of the host's memory.
     def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pixels = generated[index].astype(np.float32) / np.float32(255)
-        return pixels, np.stack([blank if real[i] is None else real[i] for i in index])
+        return generated[index], np.stack([blank if real[i] is None else real[i] for i in index])
 
     program = functools.partial(_score_program, score)
     (scores,) = run_in_pieces(program, take, len(samples), IMAGES_AT_ONCE, context.params)
-    return np.where([pixels is None for pixels in real], np.float32(np.nan), scores)
+    is_missing = [pixels is None for pixels in real]
+    return scores.then(lambda x: np.where(is_missing, np.float32(np.nan), x))
 
 
 @functools.partial(jax.jit, static_argnames=("score",))
 def _score_program(score: str, generated: jax.Array, real: jax.Array) -> jax.Array:
+    # float32 only on the device: uint8 is a quarter of the bytes to move there.
+    generated, real = image.scale_levels(generated), image.scale_levels(real)
     if score == "pixel_mse":
         return image.pixel_mse_reward(generated, real)
     return image.image_term(score, generated, real)
-
-
-def _resize_real_images(real_images: list, size: int, fit: str) -> list[np.ndarray | None]:
-    # The completions of a prompt share one image object, so it is resized once.
-    resized: dict[int, np.ndarray] = {}
-    for real in real_images:
-        if real is not None and id(real) not in resized:
-            resized[id(real)] = image.fit_image(real, size, fit)
-    return [resized.get(id(real)) for real in real_images]
 
 
 def score_shapes(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,13 @@ import numpy as np
 from PIL import Image
 
 from corl_jax.config.fields import Fraction, Positive
-from corl_jax.devices.batches import find_mesh, plan_pieces, process_shard, run_in_pieces
+from corl_jax.devices.batches import (
+    PendingRows,
+    find_mesh,
+    plan_pieces,
+    process_shard,
+    run_in_pieces,
+)
 from corl_jax.devices.processes import all_max
 from corl_jax.policies.family import Family, LogprobOptions, SamplingOptions
 from corl_jax.policies.processor import Processor
@@ -55,7 +61,7 @@ def score_ti_sim(
     scorer: str = "policy",
     normalise: bool = False,
     chunk: Positive = CHUNK,
-) -> np.ndarray:
+) -> PendingRows:
     """Computes R_TIM, the similarity of image and prompt in the scorer's last hidden states.
 
     The value is in [-1, 1], see `matched_similarity`; NaN for an empty prompt. The scorer reads the
@@ -67,13 +73,13 @@ def score_ti_sim(
     # The paper's v3 says "normalised to [0, 1]" without a formula. (x + 1) / 2 keeps the order of
     # negative values, which clipping would lose.
     with context.scorer(scorer) as policy:
-        rewards = _measure_similarities(policy, samples, fixed_spans, chunk)
-    return (0.5 * (rewards + 1.0) if normalise else rewards).astype(np.float32)
+        similarities = _measure_similarities(policy, samples, fixed_spans, chunk)
+    return similarities.then(lambda x: (0.5 * (x + 1.0) if normalise else x).astype(np.float32))
 
 
 def _measure_similarities(
     policy: Policy, samples: Samples, fixed_spans: bool, chunk: int
-) -> np.ndarray:
+) -> PendingRows:
     family = policy.family
     assert family.hidden_states is not None  # the config was checked
     captions = [caption or "" for caption in samples.column("prompt")]
@@ -159,7 +165,7 @@ def score_qa(
     greedy: bool = True,
     max_new_tokens: Positive = 512,
     chunk: Positive = CHUNK,
-) -> np.ndarray:
+) -> PendingRows:
     """Scores the scorer's answer to the row's question about the generated image, in [0, 1].
 
     The question is the row's `qa_problem`, instructions included. `greedy` false samples the answer
@@ -167,12 +173,17 @@ def score_qa(
     Source: the released code; scores in `text.qa_answer_score`.
     """
     questions = samples.column("qa_problem")
-    answers = ask_scorer(
+    columns = (samples.column("qa_solution"), read_question_types(samples), questions)
+    wait_for_answers = ask_scorer(
         samples, context, questions, stream="qa", scorer=scorer, greedy=greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
-    columns = (samples.column("qa_solution"), read_question_types(samples), questions)
-    return _blank_unasked_rows(questions, score_rows(text.qa_answer_score, answers, *columns))
+
+    def finish() -> np.ndarray:
+        scores = score_rows(text.qa_answer_score, wait_for_answers(), *columns)
+        return _blank_unasked_rows(questions, scores)
+
+    return PendingRows(finish)
 
 
 def score_oc(
@@ -184,7 +195,7 @@ def score_oc(
     greedy: bool = True,
     max_new_tokens: Positive = 512,
     chunk: Positive = CHUNK,
-) -> np.ndarray:
+) -> PendingRows:
     """Scores the class that the scorer names for the generated image, in [0, 1].
 
     Works as `score_qa` with `cls_problem` and `cls_solution`, or the `qa_` columns in rows without
@@ -192,13 +203,17 @@ def score_oc(
     Source: the released code; scores in `text.oc_answer_score`.
     """
     questions, solutions = read_class_questions(samples)
-    answers = ask_scorer(
+    wait_for_answers = ask_scorer(
         samples, context, questions, stream="oc", scorer=scorer, greedy=greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
     score = functools.partial(text.oc_answer_score, substrings=substrings)
-    scores = score_rows(score, answers, solutions, samples.column("prompt"))
-    return _blank_unasked_rows(questions, scores)
+
+    def finish() -> np.ndarray:
+        scores = score_rows(score, wait_for_answers(), solutions, samples.column("prompt"))
+        return _blank_unasked_rows(questions, scores)
+
+    return PendingRows(finish)
 
 
 def score_od(
@@ -210,24 +225,29 @@ def score_od(
     greedy: bool = True,
     max_new_tokens: Positive = 512,
     chunk: Positive = CHUNK,
-) -> np.ndarray:
+) -> PendingRows:
     """Scores the boxes that the scorer detects in the generated image, in [0, 1].
 
     Works as `score_qa` with `od_problem` and `od_solution`.
     Source: ours; see `text.od_answer_score`.
     """
     questions = samples.column("od_problem")
-    answers = ask_scorer(
+    wait_for_answers = ask_scorer(
         samples, context, questions, stream="od", scorer=scorer, greedy=greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
     score = functools.partial(text.od_answer_score, min_iou=min_iou)
-    return _blank_unasked_rows(questions, score_rows(score, answers, samples.column("od_solution")))
+
+    def finish() -> np.ndarray:
+        scores = score_rows(score, wait_for_answers(), samples.column("od_solution"))
+        return _blank_unasked_rows(questions, scores)
+
+    return PendingRows(finish)
 
 
 def score_answer_logprob(
     samples: Samples, context: Context, *, scorer: str = "policy", chunk: Positive = CHUNK
-) -> np.ndarray:
+) -> PendingRows:
     """Computes how likely the scorer finds the true answer about the generated image, in [0, 1].
 
     The value is exp of the mean log-probability of the tokens of `qa_solution` and of the end
@@ -259,7 +279,7 @@ def score_answer_logprob(
 
         scores = run_in_pieces(program, take, len(rows), chunk, policy.params)[0]
     has_solution = np.array([bool((text or "").strip()) for text in solutions], bool)
-    return _blank_unasked_rows(questions, np.where(has_solution, scores, np.nan))
+    return scores.then(lambda x: _blank_unasked_rows(questions, np.where(has_solution, x, np.nan)))
 
 
 @functools.partial(jax.jit, static_argnames=("family", "sizes", "special", "dtype"))
@@ -290,11 +310,12 @@ def ask_scorer(
     greedy: bool,
     max_new_tokens: int,
     chunk: int = CHUNK,
-) -> list[str]:
-    """Returns the scorer's answers to one question about each image, N strings.
+) -> Callable[[], list[str]]:
+    """Asks the scorer one question about each image, without waiting for the answers.
 
-    A row's random numbers depend on its number in the batch, the seed, the step and `stream`, a key
-    of QUESTION_STREAMS. A row without a question gets NO_QUESTION.
+    Returns a function that waits for them, N strings. A row's random numbers depend on its number
+    in the batch, the seed, the step and `stream`, a key of QUESTION_STREAMS. A row without a
+    question gets NO_QUESTION.
     """
     images = samples.require_images()
     # Rows without a question run too, so that every process of a run calls the same programs.
@@ -309,7 +330,6 @@ def ask_scorer(
         first = 0 if mesh is None else process_shard(mesh)[0] * len(samples)
         sampler = _bind_answering(policy, greedy, max_new_tokens)
         pieces, place = plan_pieces(len(samples), chunk, policy.params)
-        # The device works through all pieces before the host waits for the first.
         answers = [
             sample_turn(
                 sampler, policy.params,
@@ -320,9 +340,13 @@ def ask_scorer(
             for index in pieces
         ]  # fmt: skip
         model = (policy.family, policy.config, policy.params, policy.processor)
+
+    def wait() -> list[str]:
         texts = [text for answer in answers for text in decode_segment(*model, answer)]
-    # Without the rows that fill up the last piece.
-    return texts[: len(samples)]
+        # Without the rows that fill up the last piece.
+        return texts[: len(samples)]
+
+    return wait
 
 
 def _bind_answering(policy: Policy, greedy: bool, max_new_tokens: int) -> Sampler:

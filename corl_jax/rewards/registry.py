@@ -1,8 +1,9 @@
 """The table of rewards with their names, inputs and options, and how a batch is scored.
 
 A reward is a function `(samples, context, *, options) -> [N] float32`, NaN where it does not
-apply. To add a reward, write the function and give it a row in REGISTRY. Its keyword-only
-parameters are the options that a config may set, checked against their annotations.
+apply. All rewards of a batch are started before the first one is waited for. To add a reward, write
+the function and give it a row in REGISTRY. Its keyword-only parameters are the options that a
+config may set, checked against their annotations.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from corl_jax.rewards.image_rewards import score_pixel_mse, score_shapes
 from corl_jax.rewards.samples import Context, Policy, RewardFunction, Samples
 from corl_jax.rewards.self_answers import score_self_answer
 from corl_jax.rewards.signature import Option, find_option_problem
+from corl_jax.rewards.starting import start_rewards
 from corl_jax.rewards.text_rewards import (
     find_buffer_problems,
     score_format,
@@ -395,12 +397,14 @@ def score_and_measure(
     problems = find_missing_columns(resolved, samples.columns)
     if problems:
         raise InputError(problems)
+    started = start_rewards(resolved, samples, context)
     scores, costs = {}, {}
     for reward in resolved:
         began = time.perf_counter()
-        values = np.asarray(reward.function(samples, context), np.float32)
+        values, seconds = started[reward.name]
+        values = np.asarray(values, np.float32)
         costs[reward.name] = {
-            "seconds": time.perf_counter() - began,
+            "seconds": seconds + time.perf_counter() - began,
             "failures": float(getattr(reward.function, "failures", 0)),
         }
         # An error in another built-in reward ends the run, so it has no such fraction.

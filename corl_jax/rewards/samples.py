@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from corl_jax.data.column_values import QuestionType, read_question_type
+from corl_jax.devices.batches import PendingRows
 from corl_jax.devices.offload import Offloadable
 from corl_jax.errors import InputError, Problems
 from corl_jax.policies.family import Family
@@ -122,6 +123,11 @@ class FrozenNetwork:
         # Without the parameters: a second reference would keep the device copy alive.
         self._holder = dataclasses.replace(holder, params=None)
 
+    @property
+    def is_offloaded(self) -> bool:
+        """True if the parameters are in host memory outside of `use()`."""
+        return self._offloadable.is_offloaded
+
     @contextlib.contextmanager
     def use(self) -> Iterator[Any]:
         """Yields the network with its parameters on the device."""
@@ -171,8 +177,11 @@ class Context:
         return self.networks[name].use()
 
 
-RewardFunction = Callable[[Samples, Context], np.ndarray]
-"""Returns rewards [N] float32; NaN where the reward does not apply to a row."""
+RewardFunction = Callable[[Samples, Context], np.ndarray | PendingRows]
+"""Returns rewards [N] float32; NaN where the reward does not apply to a row.
+
+A reward that asks networks should return them without waiting for the devices.
+"""
 
 
 def read_question_types(samples: Samples) -> list[QuestionType | None]:

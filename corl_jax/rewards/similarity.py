@@ -199,7 +199,7 @@ def _encode(
             return tokens[index], lengths[index]  # noqa: B023
 
         (rows,) = run_in_pieces(run, take, len(tokens), chunk, network.params)
-        for text, row in zip(group, rows, strict=False):  # the rest is padding
+        for text, row in zip(group, np.asarray(rows), strict=False):  # the rest is padding
             encoded[text] = row[: len(ids[text])] if row.ndim > 1 else row
     return encoded
 

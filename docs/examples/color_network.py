@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from corl_jax.devices.batches import run_in_pieces
+from corl_jax.devices.batches import PendingRows, run_in_pieces
 from corl_jax.errors import Problems
 from corl_jax.models import modules
 from corl_jax.models.layers import make_linear
@@ -83,7 +83,7 @@ SOURCE = NetworkSource(
 # ---- 4. the reward: corl_jax/rewards/color.py, and a row of corl_jax/rewards/registry.py
 
 
-def score_color(samples: Samples, context: Context) -> np.ndarray:
+def score_color(samples: Samples, context: Context) -> PendingRows:
     """The rating of each image [N] float32."""
     images = samples.require_images()
 

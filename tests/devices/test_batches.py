@@ -143,5 +143,26 @@ def test_a_program_in_pieces_is_compiled_once_and_keeps_the_rows_in_order(spread
     np.testing.assert_array_equal(both, np.stack([rows, -rows], axis=-1))
 
 
+def test_all_pieces_are_started_before_the_first_is_waited_for(monkeypatch):
+    events, fetch = [], batches.to_host_rows
+    monkeypatch.setattr(batches, "to_host_rows", lambda x: events.append("wait") or fetch(x))
+
+    def program(x):
+        events.append("start")
+        return 2 * x
+
+    rows = np.arange(5, dtype=np.float32)
+    (double,) = batches.run_in_pieces(
+        program, lambda index: (jnp.asarray(rows[index]),), 5, 2, None
+    )
+    shifted = double.then(lambda x: x + 1)
+    assert events == ["start"] * 3
+    for _ in range(2):
+        np.testing.assert_array_equal(shifted, 2 * rows + 1)
+        np.testing.assert_array_equal(double, 2 * rows)
+    assert events == ["start"] * 3 + ["wait"] * 3
+    assert np.asarray(double, np.float16).dtype == np.float16
+
+
 def test_no_rows_run_no_program():
     assert batches.run_in_pieces(None, None, 0, 3, None) == []

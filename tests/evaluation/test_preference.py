@@ -88,7 +88,9 @@ def test_images_are_drawn_and_scored(model, prompts, clip, tmp_path, capsys):
     for number, unit in enumerate(units):
         files = [out / "images" / f"{number:05d}_{sample:02d}.png" for sample in range(2)]
         images = np.stack([np.asarray(Image.open(file)) for file in files])
-        cosines = clip_scores.clip_similarity(network, images, [f"a red circle {number}"] * 2)
+        cosines = np.asarray(
+            clip_scores.clip_similarity(network, images, [f"a red circle {number}"] * 2)
+        )
         assert unit.values["hpsv2"] == pytest.approx(float(cosines.mean()), abs=1e-5)
         assert unit.values["clip"] == pytest.approx(2 * unit.values["hpsv2"], abs=1e-5)
     report = json.loads((out / "report.json").read_text())

@@ -25,8 +25,10 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from corl_jax.errors import InputError, Problems
 from corl_jax.models import modules
 from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig
+from corl_jax.models.pillow_resize import resize_levels
 from corl_jax.params import flatten
 from corl_jax.rewards import captions
+from corl_jax.rewards.image import resize_on_host
 from corl_jax.rewards.samples import Network
 from corl_jax.weights.export import convert
 from corl_jax.weights.layouts import KINDS
@@ -197,7 +199,7 @@ def test_captions_of_pictures(pair, shape, tmp_path):
     expected = [processor.decode(row, skip_special_tokens=True).strip() for row in theirs]
 
     network = Network(pair.config, jax.tree.map(jnp.asarray, pair.params), tmp_path, jnp.float32)
-    found = captions.caption_images(network, images, max_new_tokens=12, chunk=2)
+    found = captions.caption_images(network, images, max_new_tokens=12, chunk=2)()
     assert found == expected
     assert len(set(found)) > 1
 
@@ -211,7 +213,8 @@ def test_preprocessing(shape):
     settings = captions.ImageSettings(
         24, tuple(processor.image_mean), tuple(processor.image_std), processor.rescale_factor
     )
-    found = np.asarray(captions.normalise_images(captions.squash_to_size(images, 24), settings))
+    resized = resize_levels(jnp.asarray(resize_on_host(images, 24, "bicubic")), 24)
+    found = np.asarray(captions.normalise_images(resized, settings))
     assert found.shape == expected.shape == (3, 24, 24, 3)
     error = np.abs(found - expected).max()
     print(f"parity BLIP pixels {shape}: largest difference {error:.1e}")

@@ -126,7 +126,9 @@ def test_offloading_and_devices_change_no_reward(tree, straight, tmp_path, devic
         task, reward = name.split("/")
         for what in ("mean", "std"):
             key = f"{task}/rewards/{reward}/{what}"
-            assert second[key] == pytest.approx(first[key], abs=NETWORK), key
+            # Offloaded networks run one after the other, and others are all started first.
+            tolerance = 0.0 if devices == 1 else NETWORK
+            assert second[key] == pytest.approx(first[key], abs=tolerance, rel=0.0), key
 
 
 OWN = """

@@ -46,7 +46,7 @@ def drawings():
 
 
 def distance(network, drawings, real, **options) -> np.ndarray:
-    return lpips_distance(network, drawings, real, size=SIZE, **options)
+    return np.asarray(lpips_distance(network, drawings, real, size=SIZE, **options))
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -240,7 +240,7 @@ def test_pixel_mse_against_the_formula(mesh):
     real = [Image.fromarray(pictures[0]), tiny_image(9, (50, 30)), None]
     batch = Samples({"real_image": real}, images=pictures)
     found = score("t2i_pixel_mse", batch)
-    pair = (pictures[1:2] / np.float32(255), image.squash_image(real[1], 32)[None])
+    pair = (pictures[1:2] / np.float32(255), image.fit_image(real[1], 32)[None] / np.float32(255))
     np.testing.assert_allclose(found[:2], [1.0, image.pixel_mse_reward(*pair)[0]], atol=1e-6)
     assert np.isnan(found[2])
     cropped = score("t2i_pixel_mse", batch, {"image_fit": "centre_crop"})

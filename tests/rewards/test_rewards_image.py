@@ -157,33 +157,50 @@ def stripes(width=80, height=40):
 
 
 def test_squash_keeps_all_content():
-    squashed = image.squash_image(stripes(), 16)
-    assert squashed.shape == (16, 16, 3) and squashed.dtype == np.float32
-    np.testing.assert_allclose(squashed[:, 1], np.tile([1.0, 0, 0], (16, 1)))
-    np.testing.assert_allclose(squashed[:, 14], np.tile([0, 0, 1.0], (16, 1)))
+    squashed = image.fit_image(stripes(), 16)
+    assert squashed.shape == (16, 16, 3) and squashed.dtype == np.uint8
+    np.testing.assert_array_equal(squashed[:, 1], np.tile([255, 0, 0], (16, 1)))
+    np.testing.assert_array_equal(squashed[:, 14], np.tile([0, 0, 255], (16, 1)))
 
 
 def test_centre_crop_keeps_the_aspect():
     cropped = image.fit_image(stripes(), 16, "centre_crop")
     # The outermost columns are blurred with what lies just outside, as after resize and crop.
-    np.testing.assert_allclose(cropped[:, 1:-1], np.tile([0, 1.0, 0], (16, 14, 1)))
-    assert (cropped[:, [0, -1], 1] > 0.85).all()
+    np.testing.assert_array_equal(cropped[:, 1:-1], np.tile([0, 255, 0], (16, 14, 1)))
+    assert (cropped[:, [0, -1], 1] > 216).all()
     upright = image.fit_image(stripes().rotate(-90, expand=True), 16, "centre_crop")
-    np.testing.assert_allclose(upright, cropped.swapaxes(0, 1))
+    np.testing.assert_array_equal(upright, cropped.swapaxes(0, 1))
 
 
 def test_pad_keeps_everything_between_grey_bars():
     padded = image.fit_image(stripes(), 48, "pad")  # twice as wide as high: bars of a quarter
-    np.testing.assert_allclose(padded[14:34], image.fit_image(stripes(), 48)[14:34], atol=1e-6)
+    np.testing.assert_array_equal(padded[14:34], image.fit_image(stripes(), 48)[14:34])
     for row in (0, 10, 37, 47):
-        np.testing.assert_allclose(padded[row], np.full((48, 3), 127 / 255), atol=1e-6)
+        np.testing.assert_array_equal(padded[row], np.full((48, 3), 127))
     upright = image.fit_image(stripes().rotate(-90, expand=True), 48, "pad")
-    np.testing.assert_allclose(upright, padded.swapaxes(0, 1), atol=1e-6)
+    np.testing.assert_array_equal(upright, padded.swapaxes(0, 1))
 
 
 def test_fit_antialiases_and_takes_any_mode():
     checkers = np.indices((64, 64)).sum(axis=0) % 2 * np.uint8(255)
-    grey = image.squash_image(Image.fromarray(checkers.astype(np.uint8), "L"), 8)
-    assert grey.shape == (8, 8, 3) and np.abs(grey - 0.5).max() < 0.02
+    grey = image.fit_image(Image.fromarray(checkers.astype(np.uint8), "L"), 8)
+    assert grey.shape == (8, 8, 3) and np.abs(grey / 255 - 0.5).max() < 0.02
     with pytest.raises(InputError, match="expected one of squash, centre_crop"):
         image.fit_image(stripes(), 8, "stretch")
+
+
+def test_levels_are_scaled_to_the_bit_as_the_host_does():
+    levels = np.arange(256, dtype=np.uint8)
+    for scale in (image.scale_levels, jax.jit(image.scale_levels)):
+        expected = levels.astype(np.float32) / np.float32(255)
+        np.testing.assert_array_equal(np.asarray(scale(levels)), expected)
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic"])
+def test_squares_are_left_to_the_device_and_others_are_resized_by_pillow(name):
+    levels = np.random.default_rng(3).integers(0, 256, (2, 9, 31, 3), dtype=np.uint8)
+    squares = levels[:, :, :9]
+    assert image.resize_on_host(squares, 8, name) is squares
+    for found, before in zip(image.resize_on_host(levels, 8, name), levels, strict=True):
+        expected = Image.fromarray(before).resize((8, 8), Image.Resampling[name.upper()])
+        np.testing.assert_array_equal(found, np.asarray(expected))

@@ -11,14 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from corl_jax import tasks
 from corl_jax.config import files as config_files
 from corl_jax.devices.mesh import network_shardings
 from corl_jax.models import modules
-from corl_jax.rewards import captions, image, registry, similarity
-from corl_jax.rewards.image import LPIPS_SIZE, lpips_distance
+from corl_jax.rewards import captions, registry, similarity
+from corl_jax.rewards.image import lpips_distance
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import BoundReward
 from corl_jax.rewards.samples import Context, FrozenNetwork, Network, Samples
@@ -40,24 +39,37 @@ def measure_rewards(setting: Setting) -> Iterator[Record]:
     # Otherwise random captions could end early, and the time would be that of fewer tokens.
     policy = prevent_end(setting.make_policy(jnp.float32), setting.processor.special.eos)
     scored = _make_image_samples(setting)
-    yield from _measure_stage_one(setting, policy, scored)
+    for label, rewards in _list_stage_one(setting):
+        yield from _measure_stage_one(setting, policy, scored, label, rewards)
     for label, reward in _list_image_rewards(setting):
         yield from _measure_reward(setting, policy, scored, label, reward)
     yield from _measure_answer_rewards(setting)
 
 
+def _list_stage_one(setting: Setting) -> Iterator[tuple[str, list[BoundReward]]]:
+    """Yields the config's rewards, and the same with captions by the policy."""
+    config = config_files.load(UNIFIED)
+    bound = registry.bind_rewards(config.rewards, config.compat)
+    by_policy = _bind_policy_cycle(setting)
+    yield "stage 1", bound
+    yield "stage 1 (policy)", [by_policy if x.name == CYCLE else x for x in bound]
+
+
+def _bind_policy_cycle(setting: Setting) -> BoundReward:
+    options = {
+        "caption": "policy", "text_term": "jaccard", "image_term": "rmse",
+        "max_new_tokens": setting.size.policy_caption,
+    }  # fmt: skip
+    return registry.bind_reward(CYCLE, options)
+
+
 def _list_image_rewards(setting: Setting) -> Iterator[tuple[str, BoundReward]]:
-    size = setting.size
     blip = {
         "caption": "blip", "text_term": "bertscore", "image_term": "lpips",
-        "max_new_tokens": size.caption,
-    }  # fmt: skip
-    policy = {
-        "caption": "policy", "text_term": "jaccard", "image_term": "rmse",
-        "max_new_tokens": size.policy_caption,
+        "max_new_tokens": setting.size.caption,
     }  # fmt: skip
     yield f"{CYCLE} (blip)", registry.bind_reward(CYCLE, blip)
-    yield f"{CYCLE} (policy)", registry.bind_reward(CYCLE, policy)
+    yield f"{CYCLE} (policy)", _bind_policy_cycle(setting)
     for name in (
         "t2i_ti_sim", "t2i_clip_reward", "pickscore", "hpsv2", "aesthetic", "t2i_pixel_mse",
     ):  # fmt: skip
@@ -81,11 +93,14 @@ def _measure_reward(
         yield Record("rewards", f"{label}{_describe_placement(placement)}", timing, figures)
 
 
-def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterator[Record]:
-    """Measures all rewards of the config, one after another, on the images and as many answers."""
-    config = config_files.load(UNIFIED)
-    bound = registry.bind_rewards(config.rewards, config.compat)
-    resolved = registry.group_by_task(bound, tasks.UNIFIED)
+def _measure_stage_one(
+    setting: Setting, policy: Any, scored: Samples, label: str, rewards: list[BoundReward]
+) -> Iterator[Record]:
+    """Measures rewards together, as a step scores them, on the images and as many answers.
+
+    The seconds of a reward contain those of the devices' work that was started before it.
+    """
+    resolved = registry.group_by_task(rewards, tasks.UNIFIED)
     answered = _make_answer_samples(setting, len(scored))
     names = dict.fromkeys(name for reward in resolved["t2i"] for name in reward.networks)
     networks = Networks(setting, tuple(names))
@@ -100,7 +115,7 @@ def _measure_stage_one(setting: Setting, policy: Any, scored: Samples) -> Iterat
         timing = measure(call, setting.repeats)
         figures = {f"{name}_s": cost["seconds"] for name, cost in call().items()}
         figures |= _count_moved(placement, setting.repeats + 2)
-        yield Record("rewards", f"stage 1{_describe_placement(placement)}", timing, figures)
+        yield Record("rewards", f"{label}{_describe_placement(placement)}", timing, figures)
         if not any(frozen.offloaded for frozen in placement.values()):
             yield from _measure_cycle_terms(setting, scored, placement)
 
@@ -115,26 +130,24 @@ def _measure_cycle_terms(
         networks = {name: stack.enter_context(frozen.use()) for name, frozen in placement.items()}
         if "blip" in networks:
             tokens = {"max_new_tokens": setting.size.caption}
-            describe = functools.partial(
-                captions.caption_images, networks["blip"], images, **tokens
-            )
+
+            def describe() -> list[str]:
+                return captions.caption_images(networks["blip"], images, **tokens)()
+
             timing, texts = measure(describe, setting.repeats), describe()
             caption_tokens = captions.generate_caption_tokens(networks["blip"], images, **tokens)
-            ended = caption_tokens == networks["blip"].config.text.sep_token_id
+            ended = np.asarray(caption_tokens) == networks["blip"].config.text.sep_token_id
             figures = {"different": len(set(texts)), "cut": float(1 - ended.any(axis=1).mean())}
             yield Record("rewards", "  captions by blip", timing, figures)
         if "bert" in networks:
             compare = functools.partial(similarity.bert_score, networks["bert"], texts, prompts)
             yield Record("rewards", "  bertscore", measure(compare, setting.repeats), {})
         if "lpips" in networks:
-            distance = functools.partial(lpips_distance, networks["lpips"], images, real)
-            yield Record("rewards", "  lpips", measure(distance, setting.repeats), {})
-            timing = measure(functools.partial(_squash_images, images), setting.repeats)
-            yield Record("rewards", "  of it, images resized on the host", timing, {})
 
+            def compute_distances() -> np.ndarray:
+                return np.asarray(lpips_distance(networks["lpips"], images, real))
 
-def _squash_images(images: np.ndarray) -> list[np.ndarray]:
-    return [image.squash_image(Image.fromarray(pixels), LPIPS_SIZE) for pixels in images]
+            yield Record("rewards", "  lpips", measure(compute_distances, setting.repeats), {})
 
 
 def _measure_answer_rewards(setting: Setting) -> Iterator[Record]:

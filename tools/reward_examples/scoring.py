@@ -156,17 +156,17 @@ def _collect_answers(context: Context) -> dict[str, list[str]]:
         "od": samples["od"].column("od_problem"),
     }
     answers = {
-        CAPTION: cycle.make_captions(
+        CAPTION: cycle.caption_images(
             samples["qa"], context, "policy", scorer="policy", greedy=True,
             max_new_tokens=_get_max_new_tokens("t2i_bid_cycle_reward"), chunk=asking.CHUNK,
-        )
+        )()
     }  # fmt: skip
     for name, texts in questions.items():
         # The table's first column: a question without its instructions.
         answers[texts[0].splitlines()[0].partition(",")[0]] = asking.ask_scorer(
             samples[name], context, texts, stream=name, greedy=True,
             max_new_tokens=_get_max_new_tokens(f"t2i_{name}"),
-        )  # fmt: skip
+        )()  # fmt: skip
     return answers
 
 

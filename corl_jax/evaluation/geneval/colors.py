@@ -61,6 +61,7 @@ def make_crop_classifier(clip: Network) -> ClassifyCrops:
         ids = tokenize_prompts(clip, make_prompts(name))
         program = functools.partial(_embed_texts, clip.config, clip.params)
         (vectors,) = run_in_pieces(program, lambda i: (ids[i],), len(ids), len(ids), clip.params)
+        vectors = np.asarray(vectors)
         means = vectors.reshape(len(COLORS), -1, vectors.shape[-1]).mean(axis=1)
         return means / np.linalg.norm(means, axis=-1, keepdims=True)
 
@@ -142,7 +143,7 @@ def _embed_crops(clip: Network, crops: Sequence[Image.Image], most_crops: int) -
 
     program = functools.partial(_embed_images, clip.config, clip.params)
     (vectors,) = run_in_pieces(program, take, num_rows, CROPS_AT_ONCE, clip.params)
-    return vectors[: len(crops)]
+    return np.asarray(vectors)[: len(crops)]
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

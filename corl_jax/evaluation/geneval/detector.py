@@ -73,9 +73,8 @@ class JaxDetector:
             def take(index: np.ndarray, rows=rows, pixels=pixels) -> tuple[np.ndarray]:
                 return (pixels[rows[index]],)
 
-            instances = Instances(
-                *run_in_pieces(program, take, len(rows), self.images_at_once, network.params)
-            )
+            outputs = run_in_pieces(program, take, len(rows), self.images_at_once, network.params)
+            instances = Instances(*map(np.asarray, outputs))
             for index, number in enumerate(numbers):
                 image = jax.tree.map(lambda x, index=index: x[index], instances)
                 detections[number] = name_instances(image, pixels.shape[2], self.min_score)

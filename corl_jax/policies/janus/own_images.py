@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from corl_jax.devices.compiling import SamplerProgram
 from corl_jax.devices.mesh import constrain
 from corl_jax.models import attention as attentions
+from corl_jax.models.pillow_resize import resize_levels
 from corl_jax.policies.causal_answers import score_text
 from corl_jax.policies.chunked_logprobs import repeat_rows
 from corl_jax.policies.completions import check_group_size
@@ -27,7 +28,6 @@ from corl_jax.policies.janus import images, network
 from corl_jax.policies.janus.image_settings import ImageSettings
 from corl_jax.policies.janus.logprobs import compute_code_states, score_code_states
 from corl_jax.policies.janus.network import JanusConfig
-from corl_jax.policies.janus.pillow_resize import resize_levels
 from corl_jax.policies.janus.sampling import (
     choose_kernel,
     image_program,

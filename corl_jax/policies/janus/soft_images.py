@@ -15,10 +15,10 @@ import numpy as np
 from jax import lax
 
 from corl_jax.devices.mesh import constrain
+from corl_jax.models.pillow_resize import make_resize_weights
 from corl_jax.policies.image_chunks import choose_chunks
 from corl_jax.policies.janus.image_settings import ImageSettings
 from corl_jax.policies.janus.network import Janus
-from corl_jax.policies.janus.pillow_resize import make_resize_weights
 from corl_jax.policies.soft_choices import pass_gradient
 
 # The decoder's activations of an image in float32 take 75 MB a layer, and the backward pass has

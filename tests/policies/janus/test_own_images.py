@@ -20,7 +20,7 @@ from corl_jax.policies.family import (
     SamplingOptions,
     StraightThrough,
 )
-from corl_jax.policies.janus import images, own_images, pillow_resize, sampling
+from corl_jax.policies.janus import images, own_images, sampling
 from corl_jax.policies.janus.image_settings import ImageSettings, preprocess_image
 from corl_jax.policies.janus.layout import RULES
 from corl_jax.types import EncodedPrompts
@@ -209,14 +209,3 @@ def test_eight_devices_have_the_same_gradient_through_images(
         y = np.asarray(y)
         largest = max(np.abs(y).max(), 1e-4)
         np.testing.assert_allclose(np.asarray(x) / largest, y / largest, atol=2e-3, err_msg=path)
-
-
-@pytest.mark.parametrize("size, side", [(16, 24), (24, 16), (64, 20), (20, 61)])
-def test_images_are_resized_to_the_bit_as_pillow_does(size, side):
-    levels = np.random.default_rng(size).integers(0, 256, (2, size, size, 3), np.uint8)
-    levels[0, : size // 2] = 255  # edges, beyond which the filter overshoots
-    expected = [
-        np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.BICUBIC))
-        for x in levels
-    ]
-    np.testing.assert_array_equal(pillow_resize.resize_levels(jnp.asarray(levels), side), expected)
