@@ -88,6 +88,8 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         redraws=count_redraws(plan),
         rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
         num_iterations=plan.updates_per_step,
+        micro_batches=plan.micro_batches,
+        packs_answers=attending.can_pack_answers(config, plan.limits.head_dim, mesh),
         max_new_tokens=config.rollout.max_new_tokens,
         mask_truncated=config.algorithm.mask_truncated,
         sft=config.sft,

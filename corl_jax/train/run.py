@@ -65,6 +65,8 @@ class Run:
     redraws: int  # most further batches of a step, for groups with equal rewards
     rollout_batch: int  # prompts of all processes sampled at once
     num_iterations: int
+    micro_batches: int  # of an update
+    packs_answers: bool  # an update reads several answers in a row, where that saves time
     max_new_tokens: int  # of a text
     mask_truncated: bool
     sft: Any  # schema.Sft

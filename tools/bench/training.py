@@ -211,6 +211,8 @@ def _make_run(setting: Setting, frozen: Params, step: Any) -> Run:
         recipe=RECIPES["grpo"], advantage_options=comparison,
         loss_weights=tuple((task, 1.0) for task in UNIFIED), tasks=UNIFIED, alternate_every=0,
         group_size=setting.group, rollout_batch=setting.prompts,
-        num_iterations=1, max_new_tokens=setting.size.answer, mask_truncated=False, sft=None,
+        num_iterations=1, micro_batches=make_update_options(setting).micro_batches,
+        packs_answers=setting.attention != "splash",
+        max_new_tokens=setting.size.answer, mask_truncated=False, sft=None,
         schedule=learning_rate(Optimizer(), UPDATES), phases=Phases(),
     )  # fmt: skip
