@@ -146,10 +146,11 @@ def packed(task):
     return packed
 
 
-def score_with_gradients(config, params, task, packed, remat: str = "none"):
+def score_with_gradients(config, params, task, packed, **changes):
     """((log-probs, entropies), gradients of the parameters)."""
     weights = np.random.default_rng(2).standard_normal(task.segments[0].values.shape)
-    options = LogprobOptions(SPECIAL, temperature=0.9, remat=remat, chunk=40)
+    options = LogprobOptions(SPECIAL, temperature=0.9, remat="none", chunk=40)
+    options = dataclasses.replace(options, **changes)
 
     def score(params):
         model = network.bind(config, params)
@@ -185,6 +186,24 @@ def test_packed_answers_have_the_same_scores_and_gradients(config, params, task,
         read = np.arange(LENGTH) < np.asarray(count_tokens_to_score(mask))[:, None]
         assert (np.asarray(found)[~read] == 0).all()
     assert_gradients_agree(grads, wanted)
+
+
+def test_cudnn_gets_an_even_number_of_packed_tokens(
+    config, params, task, packed, apart, monkeypatch
+):
+    """cuDNN needs a GPU, so XLA computes what it gets."""
+    real, lengths = jax.nn.dot_product_attention, set()
+
+    def attend(query, key, value, *, mask, implementation=None):
+        if implementation == "cudnn":
+            lengths.add(query.shape[1])
+        return real(query, key, value, mask=mask)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    packed = jnp.asarray(packed)
+    _, grads = score_with_gradients(config, params, task, packed, attention="cudnn", remat="full")
+    assert LENGTH + 1 in lengths and LENGTH not in lengths
+    assert_gradients_agree(grads, apart[1])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
