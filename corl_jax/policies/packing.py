@@ -101,7 +101,7 @@ class Packing:
     """The packed rows of a micro-batch, inside of a program."""
 
     tokens: jax.Array  # [rows, T] int32, as `pack_rows` returns them
-    shape: tuple[int, int]  # (N, T) of the answers
+    shape: tuple[int, ...]  # (N, T) of the answers
     group_size: int
 
     @property

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from corl_jax.devices.batches import all_gather_array, num_batch_shards, take_own_rows
-from corl_jax.policies.packing import PACKED, Blocks, count_tokens_to_score, pack_rows
+from corl_jax.devices.batches import all_gather_array, take_own_rows
+from corl_jax.policies.packing import PACKED, count_tokens_to_score, pack_rows
 from corl_jax.tasks import name_segments
 from corl_jax.train.run import Run, put_batch
 from corl_jax.train.step import Batch, TaskBatch
@@ -32,15 +32,15 @@ def pack_answers(run: Run, batch: Batch) -> Batch:
 
 def can_pack(run: Run, task: TaskBatch) -> bool:
     """Returns whether an update can read several answers of the task in a row."""
-    return run.packs_answers and run.family.turns[task.turn_kinds].packs_answers
+    return run.answer_blocks is not None and run.family.turns[task.turn_kinds].packs_answers
 
 
 def _pack_task(run: Run, task: TaskBatch) -> TaskBatch:
     (text,) = task.segments
     lengths = all_gather_array(_count_tokens(text.mask))
     answers, row_length = len(lengths), text.values.shape[1]
-    blocks = Blocks(num_batch_shards(run.mesh), run.micro_batches)
-    packed = pack_rows(lengths.reshape(-1, run.group_size), row_length, blocks)
+    assert run.answer_blocks is not None
+    packed = pack_rows(lengths.reshape(-1, run.group_size), row_length, run.answer_blocks)
     if packed is None or (answers - len(packed)) * row_length < MIN_SAVED_TOKENS:
         return task
     rows = put_batch(run, take_own_rows(run.mesh, packed))

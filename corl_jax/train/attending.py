@@ -21,11 +21,6 @@ def choose_update_kernel(config: Config, head_dim: int, mesh: Mesh) -> Attention
     return choose_training_kernel(config.model.dtype, head_dim, device)
 
 
-def can_pack_answers(config: Config, head_dim: int, mesh: Mesh) -> bool:
-    """Returns whether the update's kernel takes other keys for each query, as packed rows have."""
-    return choose_update_kernel(config, head_dim, mesh) != "splash"
-
-
 def choose_sampler_kernel(config: Config, head_dim: int, mesh: Mesh) -> attention.DecodeKernel:
     """Returns the kernel of a decode step."""
     return attention.choose_decode_kernel(config.model.dtype, head_dim, mesh.devices.flat[0])

@@ -14,10 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from corl_jax.algorithms.advantages import AdvantageOptions
 from corl_jax.algorithms.losses import LossConstants
 from corl_jax.algorithms.recipes import RECIPES
+from corl_jax.devices.batches import num_batch_shards
 from corl_jax.devices.mesh import Rules, param_shardings
 from corl_jax.models import lora
 from corl_jax.params import leaf_paths, merge, partition
 from corl_jax.policies.family import Denoising, LogprobOptions, SamplingOptions, Unmasking
+from corl_jax.policies.packing import Blocks
 from corl_jax.policies.turns import Sampler, bind_sampler
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import FrozenNetwork, Policy
@@ -54,7 +56,6 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
     shardings = state_shardings(optimizer, trained, mesh, family.rules)
     state = make_state(plan, optimizer, trained, shardings, moving)
     train_step, logprob_step = make_steps(plan, optimizer, shardings)
-    base = family.base(plan.sizes)
     run = Run(
         family=family,
         sizes=plan.sizes,
@@ -64,8 +65,8 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         frozen=frozen,
         reference=make_fixed_reference(plan, trained),
         moving=moving,
-        source_dtypes=read_stored_dtypes(plan.model_dir, family.kind, base),
-        layer_dtypes=read_layer_dtypes(plan.model_dir, family.kind, base),
+        source_dtypes=read_stored_dtypes(plan.model_dir, family.kind, family.base(plan.sizes)),
+        layer_dtypes=read_layer_dtypes(plan.model_dir, family.kind, family.base(plan.sizes)),
         train_loader=plan.train_loader,
         evaluations=plan.evaluations,
         steps=plan.steps,
@@ -88,8 +89,7 @@ def build(plan: ResolvedRun, phases: Any) -> tuple[Run, TrainState]:
         redraws=count_redraws(plan),
         rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
         num_iterations=plan.updates_per_step,
-        micro_batches=plan.micro_batches,
-        packs_answers=attending.can_pack_answers(config, plan.limits.head_dim, mesh),
+        answer_blocks=choose_answer_blocks(plan),
         max_new_tokens=config.rollout.max_new_tokens,
         mask_truncated=config.algorithm.mask_truncated,
         sft=config.sft,
@@ -190,6 +190,14 @@ def make_steps(
     jit = {"out_shardings": (shardings, None)}
     train_step = plan.stage.make_step(plan, options, optimizer, **jit)
     return train_step, make_logprob_step(plan.family, plan.sizes, options)
+
+
+def choose_answer_blocks(plan: RunOutline) -> Blocks | None:
+    """Returns the blocks of prompts whose answers may share rows in an update; None: none may."""
+    # Splash attention cannot keep answers of a row apart and let all see the prompt.
+    if attending.choose_update_kernel(plan.config, plan.limits.head_dim, plan.mesh) == "splash":
+        return None
+    return Blocks(num_batch_shards(plan.mesh), plan.micro_batches)
 
 
 def make_velocity_step(plan: RunOutline) -> Callable:

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from corl_jax.algorithms.losses import CLIPPED_POLICY_LOSS, LossConstants
+from corl_jax.devices.batches import num_batch_shards
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
 from corl_jax.params import leaf_paths, partition
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import RULES, TRAINABLE
-from corl_jax.policies.packing import PACKED
+from corl_jax.policies.packing import PACKED, Blocks
 from corl_jax.policies.show_o.family import FAMILY as SHOW_O
 from corl_jax.train import answer_rows, step
 from corl_jax.train.answer_rows import measure_rows, pack_answers
@@ -64,8 +65,9 @@ def batch(config):
 
 def make_run(mesh=None, micro_batches: int = 1, **changes) -> SimpleNamespace:
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    values = {"family": FAMILY, "packs_answers": True, "group_size": GROUP} | changes
-    return SimpleNamespace(mesh=mesh, micro_batches=micro_batches, **values)
+    blocks = Blocks(num_batch_shards(mesh), micro_batches)
+    values = {"family": FAMILY, "answer_blocks": blocks, "group_size": GROUP} | changes
+    return SimpleNamespace(mesh=mesh, **values)
 
 
 @pytest.fixture
@@ -147,7 +149,7 @@ def test_images_are_not_packed(config, always_packed):
     assert pack_answers(make_run(), tasks)["t2i"] is tasks["t2i"]
 
 
-@pytest.mark.parametrize("changes", [{"packs_answers": False}, {"family": SHOW_O}])
+@pytest.mark.parametrize("changes", [{"answer_blocks": None}, {"family": SHOW_O}])
 def test_what_cannot_be_packed_stays_as_it_is(batch, always_packed, changes):
     run = make_run(**changes)
     assert pack_answers(run, batch)["mm2t"] is batch["mm2t"] and not measure_rows(run, batch)
