@@ -15,8 +15,9 @@ guidance), logprobs and train_image (an optimizer step on images alone). Only if
 of the other sizes, bits (does each call give the same bits),
 self_qa, self_sft and self_sft_through (one optimizer step on own images), detector (GenEval's, in
 images/s), builds (the image sampler with each set of compiler options), windows (passes that read
-several image codes), acceptance (how many of them the shipped models draw in a pass) and, on a mesh
-with fsdp, layouts (decoding with matrices gathered, and split as in training).
+several image codes), acceptance (how many of them the shipped models draw in a pass), lengths
+(answers that end at different lengths) and, on a mesh with fsdp, layouts (decoding with matrices
+gathered, and split as in training).
 
 Compute is bfloat16; training keeps float32. Each time is the median of --repeats calls after one
 that compiles, on the host, until the results are there; `compile` is how much longer the first
@@ -70,6 +71,7 @@ from tools.bench import (
     generation,
     gradients,
     layouts,
+    lengths,
     own_images,
     passes,
     scoring,
@@ -101,6 +103,7 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "detector": detector.measure_detector,
     "windows": windows.measure_windows,
     "acceptance": windows.measure_acceptance,
+    "lengths": lengths.measure_lengths,
     **own_images.RUNS,
 }
 ALONE = ("rewards", "correctness", "gradients", "detector", "acceptance")  # parts for one device
