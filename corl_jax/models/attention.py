@@ -123,7 +123,8 @@ def attend_causally(
 
     `key` and `value` are [B, S, kv_heads, head_dim]. A query sees itself and every earlier key
     that `key_mask` [B, S] marks, and also the later ones of the first `front` keys. The results of
-    queries that `key_mask` does not mark are undefined. cuDNN differentiates even T and S only.
+    queries that `key_mask` does not mark are undefined. With a mask [B, T, S] each query has keys
+    of its own, which splash attention cannot do. cuDNN differentiates even T and S only.
     """
     if kernel == "splash":
         return _attend_splash(query, key, value, key_mask, front)
@@ -133,7 +134,8 @@ def attend_causally(
     before = jnp.tril(jnp.ones((length, total), bool), total - length)
     if front:
         before |= jnp.arange(total) < front
-    mask = before & (key_mask[:, None, :] | itself)
+    by_query = key_mask if key_mask.ndim == 3 else key_mask[:, None, :]
+    mask = before & (by_query | itself)
     # An unmarked query sees itself: a softmax without any key would be NaN, and NaN would reach the
     # gradients of all keys.
     if kernel == "cudnn":  # needs all three in the same layout

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from corl_jax.devices.mesh import constrain
+from corl_jax.devices.mesh import constrain, context_batch_shards
 from corl_jax.models import layers
 from corl_jax.models.attention import AttentionKernel, attend_causally
 from corl_jax.models.layers import Remat, apply_rope, merge_heads, split_heads
@@ -50,6 +50,38 @@ KVCache = tuple[jax.Array, jax.Array]
 """One layer's keys and values, each [N, S, kv_heads, head_dim]."""
 
 
+class PackedRows(NamedTuple):
+    """Says which completions stand in rows [N, T] that hold several of one prompt each.
+
+    No completion sees another one of its row. A row's prompt is one of those on its device.
+    """
+
+    owners: jax.Array  # [N] int32, number of the row's prompt among those of its shard of the batch
+    parts: jax.Array  # [N, T] int32, equal for the tokens of a completion, and different otherwise
+    offsets: jax.Array  # [N, T] int32, places of the tokens in their completions
+
+    def pad_even(self) -> PackedRows:
+        """Returns the rows with padding behind an odd number of tokens."""
+        more = ((0, 0), (0, self.parts.shape[1] % 2))
+        parts = jnp.pad(self.parts, more, constant_values=-1)
+        return PackedRows(self.owners, parts, jnp.pad(self.offsets, more))
+
+    def take(self, prompts: jax.Array) -> jax.Array:
+        """Returns the entries [N, ...] of prompts [B, ...] that each row belongs to."""
+        # 2 shards with 2 prompts each, owners [0, 0, 1 | 1, 0, 0]: [p0, p0, p1 | p3, p2, p2]
+        shards = context_batch_shards()
+        by_shard = prompts.reshape(shards, -1, *prompts.shape[1:])
+        owners = self.owners.reshape(shards, -1)
+        if jnp.issubdtype(prompts.dtype, jnp.floating):
+            # The gradient of a gather would be a scatter, whose sums GPUs add in any order.
+            # Products with 0 and 1 are exact at the highest precision.
+            chosen = jax.nn.one_hot(owners, by_shard.shape[1], dtype=prompts.dtype)
+            taken = jnp.einsum("srb,sb...->sr...", chosen, by_shard, precision="highest")
+        else:
+            taken = jax.vmap(lambda x, owner: x[owner])(by_shard, owners)
+        return taken.reshape(-1, *prompts.shape[1:])
+
+
 class Branch(NamedTuple):
     """Tokens [N, T, D] that continue the rows of other tokens, M neighbouring rows the same one."""
 
@@ -60,6 +92,7 @@ class Branch(NamedTuple):
     # [M] int32 positions of the first tokens, M a divisor of N. None: they follow the real tokens
     # before them.
     first: jax.Array | None = None
+    packed: PackedRows | None = None  # of rows with several completions, which have no mask
 
     def make_even(self) -> Branch:
         """Returns the branch with a token of padding behind an odd number of tokens."""
@@ -71,14 +104,32 @@ class Branch(NamedTuple):
         embeds = jnp.pad(self.embeds, ((0, 0), (0, missing), (0, 0)))
         mask = jnp.ones(self.embeds.shape[:2], bool) if self.mask is None else self.mask
         mask = jnp.pad(mask, ((0, 0), (0, missing)))
-        return Branch(embeds, mask, self.first)
+        return Branch(embeds, mask, self.first, self.packed and self.packed.pad_even())
 
     def join_mask(self, before: jax.Array) -> jax.Array:
-        """Returns the mask [N, P + T] of this branch behind tokens with the mask [B, P]."""
+        """Returns the mask [N, P + T] of this branch behind tokens with the mask [B, P].
+
+        Of packed rows it is [N, T, P + T], for each token its own.
+        """
         rows, length = self.embeds.shape[:2]
+        if self.packed is not None:
+            # Two completions a, b in a row, behind a prompt without padding: token b0 of
+            # [a0, a1, b0, b1] sees [prompt | 0, 0, 1, 1], of which later ones are left out as ever.
+            parts = self.packed.parts
+            prompt = self.packed.take(before)[:, None]
+            prompt = jnp.broadcast_to(prompt, (rows, length, prompt.shape[-1]))
+            return jnp.concatenate([prompt, parts[:, :, None] == parts[:, None]], axis=-1)
         repeated = jnp.repeat(before, rows // len(before), axis=0)
         mask = jnp.ones((rows, length), bool) if self.mask is None else self.mask
         return jnp.concatenate([repeated, mask], axis=1)
+
+
+class Place(NamedTuple):
+    """The values that all layers share of a branch [N, T, D] behind tokens [B, P, D]."""
+
+    rope: tuple[jax.Array, jax.Array]  # cosines and sines of its positions
+    mask: jax.Array  # [N, P + T] bool, True on real tokens; of packed rows [N, T, P + T]
+    packed: PackedRows | None
 
 
 class Attention(nnx.Module):
@@ -108,21 +159,27 @@ class Attention(nnx.Module):
         return self.o_proj(merge_heads(attended)), (key, value)
 
     def after(
-        self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array, attention: AttentionKernel
+        self, x: jax.Array, prompt: KVCache, place: Place, attention: AttentionKernel
     ) -> tuple[jax.Array, KVCache]:
         """Computes attention of completions x [N, T, D] to their prompts and to themselves.
 
-        `prompt` are the keys and values [B, P, kv_heads, head_dim] of the prompts. `mask`
-        [N, P + T] is True on real tokens. The result has the keys and values [N, P + T, ...] of
-        both.
+        `prompt` are the keys and values [B, P, kv_heads, head_dim] of the prompts. The result has
+        the keys and values [N, P + T, ...] of both.
         """
-        query, key, value = self.project(x, rope)
-        # [B, P, ..] -> [N, P, ..], then the completion's part behind it: [N, P + T, ..]
+        query, key, value = self.project(x, place.rope)
+
+        # [B, P, ..] -> [N, P, ..]
+        def repeat(shared: jax.Array) -> jax.Array:
+            if place.packed is None:
+                return jnp.repeat(shared, len(x) // len(shared), axis=0)
+            return constrain(place.packed.take(shared), "batch", "length", "heads", None)
+
+        # The completion's part behind it: [N, P + T, ..]
         keys, values = (
-            jnp.concatenate([jnp.repeat(shared, len(x) // len(shared), axis=0), added], axis=1)
+            jnp.concatenate([repeat(shared), added], axis=1)
             for shared, added in zip(prompt, (key, value), strict=True)
         )
-        attended = attend_causally(query, keys, values, mask, attention)
+        attended = attend_causally(query, keys, values, place.mask, attention)
         return self.o_proj(merge_heads(attended)), (keys, values)
 
 
@@ -161,10 +218,10 @@ class Block(nnx.Module):
         return self._feed_forward(x + attended), cache
 
     def after(
-        self, x: jax.Array, prompt: KVCache, rope, mask: jax.Array, attention: AttentionKernel
+        self, x: jax.Array, prompt: KVCache, place: Place, attention: AttentionKernel
     ) -> tuple[jax.Array, KVCache]:
         """Computes the block for completions x [N, T, D] behind their prompts."""
-        attended, cache = self.attn.after(self.input_layernorm(x), prompt, rope, mask, attention)
+        attended, cache = self.attn.after(self.input_layernorm(x), prompt, place, attention)
         return self._feed_forward(x + attended), cache
 
 
@@ -196,6 +253,7 @@ class Llama(nnx.Module):
         completions: jax.Array,
         *,
         first: jax.Array | None = None,
+        packed: PackedRows | None = None,
         remat: Remat = "none",
         attention: AttentionKernel = "xla",
     ) -> tuple[jax.Array, jax.Array]:
@@ -203,9 +261,10 @@ class Llama(nnx.Module):
 
         `mask` [B, P] is that of the prompts. Completions are prompt-major and have no padding in
         front. The results equal those of `__call__` on each prompt followed by each completion.
-        `first` are the positions of the completions' first tokens; see `Branch`.
+        `first` are the positions of the completions' first tokens, `packed` says where rows have
+        several completions; see `Branch`.
         """
-        branches = (Branch(completions, first=first),)
+        branches = (Branch(completions, first=first, packed=packed),)
         states = self.read_branches(prompts, mask, branches, remat=remat, attention=attention)
         return states[0], states[1]
 
@@ -231,16 +290,16 @@ class Llama(nnx.Module):
         prompt_rope, seen, places = self.rope(compute_positions(mask)), mask, []
         padded = [branch.make_even() if attention == "cudnn" else branch for branch in branches]
         for branch in padded:
-            rope, seen = self._place(branch, seen)
-            places.append((rope, seen))
+            places.append(self._place(branch, seen))
+            seen = places[-1].mask
 
         # All go through the layers in one scan, so that a layer's keys and values live only as long
         # as that layer.
         def step(block: Block, x: list[jax.Array]):
             state, cache = block(x[0], prompt_rope, mask, attention)
             states = [state]
-            for state, (rope, seen) in zip(x[1:], places, strict=True):
-                state, cache = block.after(state, cache, rope, seen, attention)
+            for state, place in zip(x[1:], places, strict=True):
+                state, cache = block.after(state, cache, place, attention)
                 states.append(state)
             return states, None
 
@@ -278,31 +337,29 @@ class Llama(nnx.Module):
         self, caches: KVCache, mask: jax.Array, branch: Branch, attention: AttentionKernel,
         keep_cache: bool,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
-        rope, seen = self._place(branch, mask)
+        place = self._place(branch, mask)
         graphdef, state = nnx.split(self.layers)
 
         def step(x: jax.Array, layer: tuple[Any, KVCache]):
             block = nnx.merge(graphdef, layer[0])
-            x, cache = block.after(x, layer[1], rope, seen, attention)
+            x, cache = block.after(x, layer[1], place, attention)
             return x, (cache if keep_cache else None)
 
         embeds = constrain(branch.embeds, "batch", "length", "embed")
         return jax.lax.scan(step, embeds, (state, caches))
 
-    def _place(
-        self, branch: Branch, mask: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        """Returns the rotations of a branch [N, T, D], and the mask [N, P + T] of what it sees.
-
-        `mask` [B, P] is that of the tokens before it.
-        """
-        first = branch.first
+    def _place(self, branch: Branch, mask: jax.Array) -> Place:
+        """Returns positions and mask of a branch behind tokens with the mask [B, P]."""
+        first, packed = branch.first, branch.packed
         if first is None:
             first = mask.sum(axis=-1)  # 3 tokens -> 3, 4, ..
         rows, length = branch.embeds.shape[:2]
-        starts = jnp.repeat(first, rows // len(first))
-        rope = self.rope(starts[:, None] + jnp.arange(length))
-        return rope, branch.join_mask(mask)
+        if packed is not None:
+            starts, offsets = packed.take(first), packed.offsets
+        else:
+            starts, offsets = jnp.repeat(first, rows // len(first)), jnp.arange(length)
+        rope = self.rope(starts[:, None] + offsets)
+        return Place(rope, branch.join_mask(mask), packed)
 
     def _forward(self, embeds, mask, remat: Remat, keep_cache: bool) -> tuple[jax.Array, Any]:
         embeds = constrain(embeds, "batch", "length", "embed")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from corl_jax.devices.compiling import SamplerProgram
 from corl_jax.models.attention import DecodeKernel
 from corl_jax.models.layers import Remat
-from corl_jax.models.llama import Llama
+from corl_jax.models.llama import Llama, PackedRows
 from corl_jax.policies.choices import Choice, completion_mask
 from corl_jax.policies.chunked_logprobs import chunked_logprobs, repeat_rows
 from corl_jax.policies.completions import (
@@ -27,6 +27,7 @@ from corl_jax.policies.completions import (
 )
 from corl_jax.policies.decoding import Rows, read_prompts
 from corl_jax.policies.family import LogprobOptions
+from corl_jax.policies.packing import Packing
 from corl_jax.types import EncodedPrompts, Params, Sizes
 
 
@@ -107,10 +108,25 @@ def compute_scoring_states(
 
 
 def score_text(
-    model: AnswerModel, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions
-) -> tuple[jax.Array, jax.Array]:
-    """Computes (log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts."""
+    model: AnswerModel, prompts: EncodedPrompts, tokens: jax.Array, options: LogprobOptions,
+    packed: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Computes (log-probs, entropies) [N, T] of answers `tokens` [N, T] given B prompts.
+
+    `packed` are rows that hold several answers, see `pack_rows`. Both are then 0 at tokens that
+    stand in no row.
+    """
     embeds = model.embed_question(prompts, options.special, remat=options.remat)
+    if packed is not None:
+        packing = Packing(packed, tokens.shape, len(tokens) // len(embeds))
+        read = packing.pack(tokens)
+        hidden = _compute_packed_states(
+            model, embeds, prompts.attention_mask, read, packing.rows, options
+        )
+        scores = chunked_logprobs(
+            model.text_logits, hidden, read, options.temperature, options.chunk
+        )
+        return packing.unpack(scores[0]), packing.unpack(scores[1])
     # CoRL's released code shifts texts correctly: Q1 is about images only.
     options = dataclasses.replace(options, unshifted=False)
     answers = model.embed_text(tokens)
@@ -118,3 +134,19 @@ def score_text(
         model.language_model, embeds, prompts.attention_mask, answers, options
     )
     return chunked_logprobs(model.text_logits, hidden, tokens, options.temperature, options.chunk)
+
+
+def _compute_packed_states(
+    model: AnswerModel, embeds: jax.Array, mask: jax.Array, tokens: jax.Array, rows: PackedRows,
+    options: LogprobOptions,
+) -> jax.Array:  # fmt: skip
+    """Computes the hidden states [rows, T, D] whose logits score packed tokens [rows, T]."""
+    read = model.embed_text(tokens).astype(embeds.dtype)
+    prompts, states = model.language_model.after_prompts(
+        embeds, mask, read, packed=rows, remat=options.remat, attention=options.attention
+    )
+    # Answers a, b in a row: [a0, a1, b0, b1] are scored by the states of [p, a0, p, b0], where p is
+    # the prompt's last token, which is real: the padding is on the left.
+    last = rows.take(prompts[:, -1:])
+    before = jnp.concatenate([last, states[:, :-1]], axis=1)
+    return jnp.where((rows.offsets == 0)[..., None], last, before)

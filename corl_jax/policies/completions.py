@@ -118,7 +118,10 @@ def sample_until_ended(
     caches = decoder.new_caches(len(hidden), length)
 
     def step(state: DecodeState) -> DecodeState:
-        hidden, caches = decoder(model.embed_text(state.token), state.step - 1, state.caches)
+        # Rows that have ended stay in their places, but their keys are not read any more.
+        hidden, caches = decoder(
+            model.embed_text(state.token), state.step - 1, state.caches, state.done
+        )
         token, logprob, done = draw(hidden, state.step, state.done)
         return advance(state, token, logprob, caches, done)
 

@@ -33,6 +33,22 @@ class Step:
     lengths: jax.Array  # [prompt rows] int32, real tokens of the prompts
     attention: DecodeKernel
     window: int = 1  # tokens of a row that are read together; more than 1 needs `index` [rows]
+    # [rows] bool, rows that have ended, whose attention nobody uses; None: no row has
+    done: jax.Array | None = None
+
+    def limit_rows(self, counts: jax.Array) -> jax.Array:
+        """Returns how many keys [rows] each row reads of `counts`: one if the row has ended."""
+        # A prefix has at least one key. The kernels of GPUs do not read those behind it.
+        return counts if self.done is None else jnp.where(self.done, 1, counts)
+
+    def limit_prompts(self) -> jax.Array:
+        """Returns how many keys [prompt rows] are read of each prompt: one if all its rows ended.
+
+        Its rows are neighbours.
+        """
+        if self.done is None:
+            return self.lengths
+        return jnp.where(self.done.reshape(len(self.lengths), -1).all(axis=1), 1, self.lengths)
 
 
 def attend_step(
@@ -42,7 +58,8 @@ def attend_step(
 
     `query` is [rows, H, head_dim], `new` are the token's key and value [rows, kv_heads, head_dim].
     `prompt` is None if the cache begins with a copy of the prompt. With a window the leading axis
-    has all its tokens, those of a row side by side.
+    has all its tokens, those of a row side by side. The attention of rows that have ended is
+    undefined, but finite.
     """
     if step.window > 1:
         return _attend_window(query, new, prompt, cache, step)
@@ -50,7 +67,9 @@ def attend_step(
     if prompt is None:
         # Prompts differ in length, so each row has another slot; the cache is dense up to it.
         cache = _write(cache, new, step.positions, 1)
-        attended, _ = attend_to_prefix(query[:, None], *cache, step.positions + 1, step.attention)
+        attended, _ = attend_to_prefix(
+            query[:, None], *cache, step.limit_rows(step.positions + 1), step.attention
+        )
         return attended.reshape(rows, -1), cache
     if step.index.ndim:
         cache = _write(cache, new, step.index, 1)
@@ -62,7 +81,7 @@ def attend_step(
             ),
             cache, new,
         )  # fmt: skip
-    count = jnp.full(rows, step.index + 1, jnp.int32)
+    count = step.limit_rows(jnp.full(rows, step.index + 1, jnp.int32))
     by_completion = attend_to_prefix(query[:, None], *cache, count, step.attention)
     averages, denominators = _attend_to_prompt(query, prompt, step)
     return merge_parts((averages, denominators), by_completion).reshape(rows, -1), cache
@@ -92,7 +111,9 @@ def _attend_to_prompt(query: jax.Array, prompt: KVCache, step: Step) -> tuple[ja
     # [rows, (window,) H, head_dim] -> [prompt rows, G * window, H, head_dim]
     heads = query.shape[-2:]
     by_prompt = query.reshape(len(step.lengths), -1, *heads)
-    averages, denominators = attend_to_prefix(by_prompt, *prompt, step.lengths, step.attention)
+    averages, denominators = attend_to_prefix(
+        by_prompt, *prompt, step.limit_prompts(), step.attention
+    )
     return (
         averages.reshape(len(query), -1, *heads),
         denominators.reshape(len(query), -1, heads[0]),

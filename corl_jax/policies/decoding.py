@@ -232,15 +232,17 @@ class Decoder:
     copied: bool  # the buffers of `new_caches` begin with a copy of the prompt
 
     def __call__(
-        self, embeds: jax.Array, index: jax.Array, caches: list[KVCache]
-    ) -> tuple[jax.Array, list[KVCache]]:
+        self, embeds: jax.Array, index: jax.Array, caches: list[KVCache],
+        done: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[KVCache]]:  # fmt: skip
         """Returns hidden states [rows, D] after completion token `index`, and the new caches.
 
         `embeds` [rows, D] are the tokens' embeddings. Rows of the same prompt row are neighbours.
-        `index` is a scalar, or [rows] where rows have read different numbers of tokens.
+        `index` is a scalar, or [rows] where rows have read different numbers of tokens. The states
+        of rows that are `done` [rows] are undefined, but finite: their keys are not read.
         """
         positions = jnp.repeat(self.lengths, len(embeds) // len(self.lengths)) + index
-        return self._read(embeds, index, positions, 1, caches)
+        return self._read(embeds, index, positions, 1, caches, done)
 
     def read_window(
         self, embeds: jax.Array, index: jax.Array, caches: list[KVCache]
@@ -259,10 +261,10 @@ class Decoder:
 
     def _read(
         self, embeds: jax.Array, index: jax.Array, positions: jax.Array, window: int,
-        caches: list[KVCache],
+        caches: list[KVCache], done: jax.Array | None = None,
     ) -> tuple[jax.Array, list[KVCache]]:  # fmt: skip
         rope = self.network.rope(positions)
-        step = Step(index, positions, rope, self.lengths, self.attention, window)
+        step = Step(index, positions, rope, self.lengths, self.attention, window, done)
         x, new = constrain(embeds, "batch", "embed"), []
         for block, prompt, cache in zip(self.blocks, self.prompts, caches, strict=True):
             x, cache = block(x, None if self.copied else prompt, cache, step)

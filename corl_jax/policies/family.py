@@ -162,6 +162,7 @@ class TurnProgram:
     sample: Sample
     logprobs: Logprobs
     passes_gradients: bool = False  # scoring can work with `LogprobOptions.straight_through`
+    packs_answers: bool = False  # scoring can read rows of several answers: `policies.packing`
     # None: all choices are scored, and nothing else. Choices that are not scored have log-prob and
     # entropy 0, and are in no loss.
     choose_scored: ChooseScored | None = None

@@ -11,7 +11,9 @@ import optax
 from corl_jax.algorithms.advantages import AdvantageOptions
 from corl_jax.algorithms.losses import LossConstants
 from corl_jax.algorithms.recipes import RECIPES
+from corl_jax.devices.batches import num_batch_shards
 from corl_jax.policies.family import Denoising, LogprobOptions, SamplingOptions, Unmasking
+from corl_jax.policies.packing import Blocks
 from corl_jax.policies.turns import Sampler, bind_sampler
 from corl_jax.rewards import networks
 from corl_jax.rewards.samples import FrozenNetwork, Policy
@@ -22,9 +24,7 @@ from corl_jax.train.average import keep_average
 from corl_jax.train.kl_penalty import KlPenalty
 from corl_jax.train.optimizer import learning_rate
 from corl_jax.train.recipe_options import choose_eval_denoising, choose_sde, choose_window
-from corl_jax.train.reference import (
-    has_reference,
-)
+from corl_jax.train.reference import has_reference
 from corl_jax.train.resolve import ResolvedRun, RunOutline
 from corl_jax.train.run import Run
 from corl_jax.train.states import prepare_start
@@ -74,6 +74,7 @@ def build(
         redraws=count_redraws(plan),
         rollout_batch=config.rollout.batch_prompts or config.train.prompts_per_step,
         num_iterations=plan.updates_per_step,
+        answer_blocks=choose_answer_blocks(plan),
         max_new_tokens=config.rollout.max_new_tokens,
         mask_truncated=config.algorithm.mask_truncated,
         sft=config.sft,
@@ -108,6 +109,14 @@ def make_steps(
     jit = {"out_shardings": (shardings, None)}
     train_step = plan.stage.make_step(plan, options, optimizer, **jit)
     return train_step, make_logprob_step(plan.family, plan.sizes, options)
+
+
+def choose_answer_blocks(plan: RunOutline) -> Blocks | None:
+    """Returns the blocks of prompts whose answers may share rows in an update; None: none may."""
+    # Splash attention cannot keep answers of a row apart and let all see the prompt.
+    if attending.choose_update_kernel(plan.config, plan.limits.head_dim, plan.mesh) == "splash":
+        return None
+    return Blocks(num_batch_shards(plan.mesh), plan.micro_batches)
 
 
 def make_velocity_step(plan: RunOutline) -> Callable:

@@ -41,6 +41,7 @@ from corl_jax.tasks import (
     text_tasks,
 )
 from corl_jax.train.agreement import RATIO_SHARES
+from corl_jax.train.answer_rows import measure_rows, pack_answers
 from corl_jax.train.drawn import Drawn, Scored, list_costs, place_rewards
 from corl_jax.train.greedy import separate_greedy
 from corl_jax.train.image_codes import read_images
@@ -67,6 +68,7 @@ def rl_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     rewards = {task: drawn.scored[task].rewards for task in tasks}
     with run.phases("update"):
         batch = make_batch(run, state, {task: drawn.rollouts[task] for task in tasks})
+    extra_stats = extra_stats | measure_rows(run, batch)
     with run.phases("reward"):
         if run.kl_penalty is not None:
             penalties, of_penalties = measure_penalties(batch, run.kl_penalty)
@@ -266,7 +268,7 @@ def make_batch(run: Run, state: TrainState, rollouts: Mapping[str, Rollout]) -> 
         )
         for task, rollout in rollouts.items()
     }
-    batch = read_images(run, merge(state.params, run.frozen), batch)
+    batch = pack_answers(run, read_images(run, merge(state.params, run.frozen), batch))
     if run.num_iterations > 1 or run.kl_penalty is not None:
         # With one update the old policy is the current one, and the loss needs no old log-probs.
         old = run.logprob_step(state.params, run.frozen, batch)

@@ -15,6 +15,7 @@ from corl_jax.devices.batches import put_rows
 from corl_jax.devices.offload import Offloadable
 from corl_jax.metrics import Metric
 from corl_jax.policies.family import Family
+from corl_jax.policies.packing import Blocks
 from corl_jax.policies.turns import Sampler
 from corl_jax.train.kl_penalty import KlPenalty
 from corl_jax.train.reference import MovingReference
@@ -65,6 +66,7 @@ class Run:
     redraws: int  # most further batches of a step, for groups with equal rewards
     rollout_batch: int  # prompts of all processes sampled at once
     num_iterations: int
+    answer_blocks: Blocks | None  # of prompts whose answers may share rows in an update
     max_new_tokens: int  # of a text
     mask_truncated: bool
     sft: Any  # schema.Sft

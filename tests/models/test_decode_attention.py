@@ -15,6 +15,7 @@ from corl_jax.models.attention import attend_to_prefix, choose_decode_kernel, me
 from corl_jax.models.layers import attend
 from corl_jax.policies import decoding
 from corl_jax.policies.choices import sample_keys
+from corl_jax.policies.decode_attention import Step, attend_step
 from corl_jax.policies.decoding import read_prompts
 from corl_jax.policies.janus import network, sampling, thinking
 from corl_jax.policies.janus.tokens import SpecialTokens
@@ -147,6 +148,35 @@ def one_key_a_head(config, params):
     language_model = {**params["language_model"], "layers": {**blocks, "attn": attn}}
     config = dataclasses.replace(config, llama=llama)
     return config, {**params, "language_model": language_model}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_rows_that_have_ended_read_one_key(copied):
+    """Values behind the first key of ended rows and prompts are huge: one of them would show."""
+    rng, done = np.random.default_rng(5), np.array([True, False, False, True, True, True])
+    rows, heads, size, places = len(done), 2, 4, 8
+    lengths = jnp.asarray([3, 5])  # of two prompts with three rows each; all of the second ended
+    positions = jnp.repeat(lengths, 3) + 2
+    query, key, value = (normal(rng, rows, heads, size) for _ in range(3))
+    cache = [normal(rng, rows, places, heads, size) for _ in range(2)]
+    prompt = [normal(rng, 2, 5, heads, size) for _ in range(2)]
+
+    def attend_with(done, cache, prompt):
+        step = Step(jnp.int32(2), positions, (query, query), lengths, "xla", done=done)
+        given = None if copied else tuple(prompt)
+        return attend_step(query, (key, value), given, tuple(cache), step)[0]
+
+    def spoil(x: jax.Array, ended: np.ndarray) -> jax.Array:
+        return x.at[np.flatnonzero(ended), 1:].set(1e4)
+
+    found = attend_with(
+        jnp.asarray(done),
+        [cache[0], spoil(cache[1], done)],
+        [prompt[0], spoil(prompt[1], np.array([False, True]))],
+    )
+    whole = attend_with(None, cache, prompt)
+    np.testing.assert_array_equal(found[~done], whole[~done])
+    assert np.abs(found).max() < 100 and not np.allclose(found[done], whole[done])
 
 
 def test_caches_keep_the_compute_dtype(tiny_config, tiny_params):

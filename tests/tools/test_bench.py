@@ -45,6 +45,7 @@ from tools.bench import (
     gradients,
     host,
     inputs,
+    lengths,
     start,
     timing,
     training,
@@ -931,3 +932,25 @@ def test_windows_of_codes_are_measured(tmp_path):
         assert single["codes_per_pass"] == single["codes_per_loop"] == 1
         assert 1 < four["codes_per_loop"] <= four["codes_per_pass"] <= 4
         assert max(single["difference_max"], four["difference_max"]) < 1e-3
+
+
+@SLOW
+def test_answers_that_end_are_measured(tmp_path):
+    """Their rollouts, and updates that give the same numbers whatever rows the answers share."""
+    out = tmp_path / "bench.jsonl"
+    many = ["--prompts", "4", "--group", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lengths, "MEANS", (60 / 512,))
+        command.main([*TINY, *many, "--parts", "lengths", "--out", str(out)])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    found = {line["name"]: line for line in lines if line.get("part") == "lengths"}
+    mean = "mean 1"
+    apart, packed = (
+        found[f"{mean}: update, {name}"] for name in ("rows of single answers", "packed rows")
+    )
+    assert apart["rows"] == 1 and packed["rows"] == 0.25
+    assert packed["entropy"] == pytest.approx(apart["entropy"], rel=1e-2)
+    ended, longest = (
+        found[f"{mean}: answers {name}"] for name in ("that end", "as long as the longest")
+    )
+    assert ended["longest"] == longest["longest"] > ended["mean"]

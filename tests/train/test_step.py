@@ -31,6 +31,7 @@ from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import RULES, TRAINABLE
+from corl_jax.policies.packing import Blocks
 from corl_jax.runs.pace import Phases
 from corl_jax.train import iteration as rl_iteration
 from corl_jax.train import states, step
@@ -304,7 +305,7 @@ def recorded_iteration(monkeypatch, batch, **changes):
     run = SimpleNamespace(**{
         "tasks": ("t2i", "mm2t"), "alternate_every": 0, "phases": Phases(),
         "family": FAMILY, "mesh": make_mesh(8), "frozen": {}, "moving": None, "kl_penalty": None,
-        "redraws": 0, "greedy_samplers": None,
+        "redraws": 0, "greedy_samplers": None, "answer_blocks": Blocks(8, 1),
         "num_iterations": 1, "mask_truncated": False, "reference": None, "group_size": GROUP,
         "train_step": calls.train, "logprob_step": calls.score,
         "processor": SimpleNamespace(special=SPECIAL),

@@ -16,7 +16,8 @@ of the other sizes, bits (does each call give the same bits), self_qa, self_sft 
 (one optimizer step on own images), recipe (whole steps of a published recipe, rewards included; see
 `tools/bench/recipe.py`), detector (GenEval's, in images/s), builds (the image sampler with each set
 of compiler options), windows (passes that read several image codes), acceptance (how many of them
-the shipped models draw in a pass) and, on a mesh with fsdp, layouts (decoding with matrices
+the shipped models draw in a pass), lengths (answers that end at different lengths) and, on a mesh
+with fsdp, layouts (decoding with matrices
 gathered, and split as in training).
 
 Compute is bfloat16; training keeps float32. Each time is the median of --repeats calls after one
@@ -67,6 +68,7 @@ from tools.bench import (
     generation,
     gradients,
     layouts,
+    lengths,
     own_images,
     passes,
     recipe,
@@ -101,6 +103,7 @@ RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "windows": windows.measure_windows,
     "acceptance": windows.measure_acceptance,
     "recipe": recipe.measure_recipe,
+    "lengths": lengths.measure_lengths,
     **own_images.RUNS,
 }
 ALONE = ("rewards", "correctness", "gradients", "detector", "acceptance")  # parts for one device

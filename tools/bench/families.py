@@ -173,14 +173,14 @@ FAMILIES = {
     "show_o": MeasuredFamily(
         SHOW_O, _make_show_o_frame, _count_show_o_words, _count_show_o_codes, describe_show_o,
         write_show_o_processor, show_o_sampling, _count_show_o_steps,
-        lacks=("rewards", "windows", "acceptance", "recipe"),
+        lacks=("rewards", "windows", "acceptance", "recipe", "lengths"),
     ),
     # Its rewards cost what they cost a Janus; its choices are no tokens that can be compared.
     "janus_flow": MeasuredFamily(
         JANUS_FLOW, _make_janus_flow_frame, _count_janus_words, _count_no_codes,
         describe_janus_flow, write_janus_flow_processor, janus_flow_sampling,
         _count_janus_flow_steps,
-        lacks=("rewards", "forward", "correctness", "recipe"),
+        lacks=("rewards", "forward", "correctness", "recipe", "lengths"),
     ),
 }  # fmt: skip
 """Name of a family -> how it is measured."""

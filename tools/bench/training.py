@@ -15,6 +15,7 @@ from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config.schema import Algorithm, Optimizer
 from corl_jax.params import partition
 from corl_jax.policies.family import LogprobOptions
+from corl_jax.policies.packing import Blocks
 from corl_jax.rewards.registry import BoundReward, RewardRow
 from corl_jax.rewards.samples import Context, Samples
 from corl_jax.runs.pace import Phases
@@ -72,6 +73,13 @@ def make_update_options(setting: Setting) -> UpdateOptions:
         CLIPPED_POLICY_LOSS, LossConstants(), scoring, weights, micro_batches=pieces,
         latent_clip=LATENT_CLIP,
     )  # fmt: skip
+
+
+def choose_answer_blocks(setting: Setting) -> Blocks | None:
+    """Returns the blocks of prompts whose answers may share rows, as a run has them."""
+    if setting.attention == "splash":
+        return None
+    return Blocks(setting.num_batch_shards, make_update_options(setting).micro_batches)
 
 
 def list_works(setting: Setting) -> tuple[Work, ...]:
@@ -213,6 +221,7 @@ def make_run(setting: Setting, frozen: Params, step: Any) -> Run:
         recipe=RECIPES["grpo"], advantage_options=comparison,
         loss_weights=tuple((task, 1.0) for task in UNIFIED), tasks=UNIFIED, alternate_every=0,
         group_size=setting.group, rollout_batch=setting.batch_prompts or setting.prompts,
-        num_iterations=1, max_new_tokens=setting.size.answer, mask_truncated=False, sft=None,
+        num_iterations=1, answer_blocks=choose_answer_blocks(setting),
+        max_new_tokens=setting.size.answer, mask_truncated=False, sft=None,
         schedule=learning_rate(Optimizer(), UPDATES), phases=Phases(),
     )  # fmt: skip

@@ -103,7 +103,9 @@ FAMILY = Family(
     limits=describe_limits,
     turns={
         ((CODES,),): TurnProgram(sampling.sample_codes, logprobs.score_codes),
-        ((TEXT,),): TurnProgram(sampling.sample_answers, logprobs.score_answers),
+        ((TEXT,),): TurnProgram(
+            sampling.sample_answers, logprobs.score_answers, packs_answers=True
+        ),
         ((TEXT, CODES),): TurnProgram(thinking.sample_thinking, thinking.score_thinking),
         ((CODES,), (TEXT,)): TurnProgram(
             own_images.sample_own_answers, own_images.score_own_answers, passes_gradients=True

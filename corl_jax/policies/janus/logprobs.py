@@ -15,6 +15,7 @@ from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.network import Janus, JanusConfig
 from corl_jax.policies.janus.sampling import unconditional_ids
+from corl_jax.policies.packing import PACKED
 from corl_jax.types import EncodedPrompts, Params, Segment
 
 
@@ -85,4 +86,5 @@ def score_answers(
 ) -> tuple[tuple[jax.Array, jax.Array], ...]:  # fmt: skip
     """Scores the text of a turn; see `score_text`."""
     (text,) = segments
-    return (score_text(network.bind(sizes, params), prompts, text.values, options),)
+    model, packed = network.bind(sizes, params), text.replay.get(PACKED)
+    return (score_text(model, prompts, text.values, options, packed),)

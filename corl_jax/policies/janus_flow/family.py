@@ -84,7 +84,9 @@ FAMILY = Family(
         ((CODES,),): TurnProgram(
             sampling.sample_latents, logprobs.score_steps, measure_kl=measure_kl
         ),
-        ((TEXT,),): TurnProgram(sampling.sample_answers, logprobs.score_answers),
+        ((TEXT,),): TurnProgram(
+            sampling.sample_answers, logprobs.score_answers, packs_answers=True
+        ),
         ((TEXT, CODES),): TurnProgram(
             thinking.sample_thinking, thinking.score_thinking, measure_kl=measure_kl
         ),

@@ -17,6 +17,7 @@ from corl_jax.policies.denoising import add_drawn_noise, score_given, score_late
 from corl_jax.policies.family import PIXELS, LatentScores, LogprobOptions, Scores
 from corl_jax.policies.janus_flow import network
 from corl_jax.policies.janus_flow.network import JanusFlow, JanusFlowConfig, Prefix
+from corl_jax.policies.packing import PACKED
 from corl_jax.types import EncodedPrompts, Params, Segment
 
 
@@ -89,4 +90,5 @@ def score_answers(
 ) -> tuple[Scores, ...]:  # fmt: skip
     """Scores the text of a turn; see `causal_answers.score_text`."""
     (text,) = segments
-    return (score_text(network.bind(sizes, params), prompts, text.values, options),)
+    model, packed = network.bind(sizes, params), text.replay.get(PACKED)
+    return (score_text(model, prompts, text.values, options, packed),)

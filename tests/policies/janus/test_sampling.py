@@ -13,7 +13,7 @@ import pytest
 
 from corl_jax.devices import compiling
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
-from corl_jax.policies import choices, completions, decoding
+from corl_jax.policies import choices, completions, decode_attention, decoding
 from corl_jax.policies.choices import (
     STRIDE,
     Choice,
@@ -393,6 +393,23 @@ def test_texts_end_at_eos_and_the_loop_with_the_last_of_them(config, params, dec
     jax.effects_barrier()
     assert np.asarray(rollout.mask).sum(-1).tolist() == [1] * 4 * GROUP
     assert not decode_steps, "all texts have ended with their first token"
+
+
+def test_answers_are_the_same_if_rows_that_have_ended_read_all_their_keys(
+    config, params, monkeypatch
+):
+    """To the bit: the attention of a row does not depend on how much the others read."""
+    head = params["lm_head"]["kernel"].at[:, SPECIAL.eos].multiply(12.0)
+    arguments = {**params, "lm_head": {"kernel": head}}, question_prompts(config), keys_of(range(4))
+    found = answer(config, *arguments, max_new_tokens=24)
+    jax.clear_caches()
+    monkeypatch.setattr(decode_attention.Step, "limit_rows", lambda _, counts: counts)
+    monkeypatch.setattr(decode_attention.Step, "limit_prompts", lambda step: step.lengths)
+    expected = answer(config, *arguments, max_new_tokens=24)
+    jax.clear_caches()
+    lengths = np.asarray(expected.mask).sum(-1)
+    assert lengths.min() < 10 and lengths.max() > 20, lengths
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_mask_runs_to_the_first_end_and_no_further_than_was_drawn():
