@@ -148,9 +148,10 @@ def estimate_outline(
         ]
         estimate["sampling caches (largest task)"] = max(caches) * width
     if outline.stage.uses_language_model:
-        numbers = [_count_activations(outline, x, prompts[name]) for name, x in turns.items()]
+        lengths = [(x, prompts[name], name in TASKS) for name, x in turns.items()]
+        numbers = [_count_activations(outline, *x) for x in lengths]
         estimate["activations (kept by remat)"] = max(numbers) * width
-        scores = [_count_scores(outline, x, prompts[name]) for name, x in turns.items()]
+        scores = [_count_scores(outline, *x) for x in lengths]
         estimate["attention scores (xla)"] = max(scores) * 4  # float32
     return {name: size / GIB for name, size in estimate.items()}
 
@@ -301,24 +302,32 @@ def _count_step_rows(plan: RunOutline) -> int:
     return _count_update_rows(plan) * (denoising.window or denoising.steps)
 
 
-def _count_read_tokens(plan: RunOutline, turn: Turn, prompt: int) -> int:
+def _count_read_prompts(plan: RunOutline, is_shared: bool) -> int:
+    """Counts the prompts that one branch of a micro-batch reads, on all devices.
+
+    `is_shared`: completions share their prompt, as in the first turn of a task.
+    """
+    return _count_update_prompts(plan) if is_shared else _count_update_rows(plan)
+
+
+def _count_read_tokens(plan: RunOutline, turn: Turn, prompt: int, is_shared: bool) -> int:
     """Counts the tokens that the update of one micro-batch reads on all devices."""
     tokens, rows = count_turn_tokens(plan, turn), _count_update_rows(plan)
-    branches = _count_branches(plan, turn)
+    branches, prompts = _count_branches(plan, turn), _count_read_prompts(plan, is_shared)
     if not _is_denoised(plan, turn):
-        return rows * branches * (prompt + tokens)
+        return branches * (prompts * prompt + rows * tokens)
     # Steps are read behind prompts that are read once; without the prompt, behind two tokens.
     image = plan.limits.image_tokens
     read = _count_step_rows(plan) * branches * image + rows * (tokens - image)
-    return _count_update_prompts(plan) * prompt + read
+    return prompts * prompt + read
 
 
-def _count_activations(plan: RunOutline, turn: Turn, prompt: int) -> int:
+def _count_activations(plan: RunOutline, turn: Turn, prompt: int, is_shared: bool) -> int:
     """Counts the numbers that the backward pass keeps: with remat `full` each layer's input."""
     limits = plan.limits
     wide = 3 * limits.inner_width + 4 * limits.width
     inner_numbers = {"full": 0, "dots": wide, "none": 2 * wide}[plan.config.model.remat]
-    numbers = _count_read_tokens(plan, turn, prompt) * limits.layers
+    numbers = _count_read_tokens(plan, turn, prompt, is_shared) * limits.layers
     return numbers * (limits.width + inner_numbers) // num_batch_shards(plan.mesh)
 
 
@@ -327,18 +336,18 @@ def _writes_scores(plan: RunOutline) -> bool:
     return attending.choose_update_kernel(plan.config, plan.limits.head_dim, plan.mesh) == "xla"
 
 
-def _count_scores(plan: RunOutline, turn: Turn, prompt: int) -> int:
+def _count_scores(plan: RunOutline, turn: Turn, prompt: int, is_shared: bool) -> int:
     """Counts the attention scores that `xla` writes out: of one layer, with remat `none` of all."""
     if not _writes_scores(plan):
         return 0
     limits, tokens = plan.limits, count_turn_tokens(plan, turn)
     keeps_all = plan.config.model.remat == "none"
-    branches = _count_branches(plan, turn)
+    branches, pairs = _count_branches(plan, turn), _count_read_prompts(plan, is_shared) * prompt**2
     if _is_denoised(plan, turn):
         # Each step sees the prompt and its own tokens alone. One branch follows the other.
-        pairs = _count_update_prompts(plan) * prompt**2
         pairs += _count_step_rows(plan) * tokens * (prompt + tokens) * (branches**keeps_all)
     else:
-        pairs = _count_update_rows(plan) * branches * (prompt + tokens) ** 2
+        pairs += _count_update_rows(plan) * tokens * (prompt + tokens)
+        pairs *= branches
     numbers = pairs * limits.heads * (limits.layers if keeps_all else 1)
     return numbers // (num_batch_shards(plan.mesh) * plan.mesh.shape["tensor"])

@@ -108,6 +108,35 @@ def test_each_question_about_an_own_image_has_a_cache_of_its_own(config_path):
     assert many == pytest.approx(3 * few)
 
 
+def test_an_update_reads_each_prompt_once_for_its_completions(config_path):
+    """But the question about an own image for each, because each completion has another image."""
+    sizes = load_config(config_path.parent / "sizes", KIND)
+    llama, image = sizes.llama, sizes.num_image_tokens
+
+    def estimate(task: str, lengths: dict[str, int], *overrides: str):
+        options = ["train.micro_batch=2", "rollout.group_size=6", "rollout.max_new_tokens=9",
+                   "model.remat=full", "model.attention=xla"]  # fmt: skip
+        config = config_files.load(config_path, [*options, f"algorithm.tasks={task}", *overrides])
+        outline = resolve.outline_run(
+            config, FAMILY, sizes, FAMILY.stand_in_tokens, jax.devices()[:1]
+        )
+        found = memory.estimate_outline(outline, lengths, lambda path: jnp.dtype("float32"))
+        width = jnp.dtype(config.model.dtype).itemsize * llama.num_layers * llama.hidden_size
+        return (
+            found["activations (kept by remat)"] * memory.GIB / width,
+            found["attention scores (xla)"] * memory.GIB / 4 / llama.num_heads,
+        )
+
+    tokens, pairs = estimate("mm2t", {"mm2t": 64})
+    assert tokens == pytest.approx(2 * 64 + 12 * 9)
+    assert pairs == pytest.approx(2 * 64**2 + 12 * 9 * (64 + 9))
+    tokens, pairs = estimate("t2i", {"t2i": 32}, "algorithm.image_logprobs=guided")
+    assert tokens == pytest.approx(2 * (2 * 32 + 12 * image))
+    tokens, pairs = estimate("self_qa", {"self_qa": 8, "self_qa/question": 64})
+    assert tokens == pytest.approx(12 * (64 + 9))
+    assert pairs == pytest.approx(12 * (64**2 + 9 * (64 + 9)))
+
+
 def test_arguments_are_the_shards_that_a_run_places(outline, planned, update, tiny_config):
     """Against arrays that are really on the devices, laid out by the functions of `build`."""
     config, mesh = outline.config, outline.mesh

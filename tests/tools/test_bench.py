@@ -890,13 +890,14 @@ def test_rewards_on_the_host_are_timed(capsys):
 
 @pytest.mark.slow
 def test_the_training_command_makes_its_first_step(tmp_path):
-    """From an empty cache and from a full one."""
+    """From an empty cache, from a full one, and after a checkpoint."""
     out = tmp_path / "new" / "start.jsonl"
     small = ["train.prompts_per_step=2", "train.micro_batch=2", "rollout.batch_prompts=2"]
     start.main(["--size", "tiny", "--out", str(out), *small, "rollout.group_size=2"])
-    cold, cached = map(json.loads, out.read_text().splitlines())
-    assert (cold["start"], cached["start"]) == ("cold", "cached")
+    cold, cached, resumed = map(json.loads, out.read_text().splitlines())
+    assert [x["start"] for x in (cold, cached, resumed)] == ["cold", "cached", "resumed"]
     assert cold["seconds"] > cached["seconds"] > 1
+    assert cold["seconds"] > resumed["seconds"] > 1
 
 
 def test_a_start_that_fails_says_why(tmp_path, capsys):

@@ -4,10 +4,12 @@
     python -m tools.bench.start --size 1b --out start.jsonl train.prompts_per_step=8
 
 It first writes a checkpoint of random weights in transformers' layout, and rows with images. Then
-`configs/janus_pro_1b/unified.yaml` runs on them twice, with the rewards that need no network but
-the policy: once with an empty compilation cache (`cold`), and once with the cache of that run.
-Evaluation and export are off, and the command is ended after its first step. Seconds are from the
-start of the process: imports, the check of data and weights, loading, compilation, one step.
+`configs/janus_pro_1b/unified.yaml` runs on them, with the rewards that need no network but
+the policy: once with an empty compilation cache (`cold`), and once with the cache of that run
+(`cached`). That run is saved after its first step, and continued (`resumed`). If the prompts of the
+second step are padded to another length, the cache lacks its sampler and its update. Evaluation and
+export are off. Seconds are from the start of the process to the end of its first step: imports, the
+check of data and weights, loading, compilation, one step.
 Arguments after --out are options of the run, as the training command takes them.
 """
 
@@ -48,7 +50,7 @@ from tools.bench.vocabularies import write_processor
 from tools.bench.weights import draw_params
 
 ROWS = 64
-STEP = re.compile(r"step 1/")
+STEP = re.compile(r"step \d+/")
 TINY = {"data.max_prompt_length": 128, "rollout.max_new_tokens": 8, "train.prompts_per_step": 8}
 
 
@@ -112,38 +114,49 @@ def write_config(folder: Path, size: str, overrides: list[str]) -> Path:
     return file
 
 
-def time_first_step(config: Path, output_dir: Path, settings: dict[str, str]) -> float:
+def time_first_step(
+    config: Path, output_dir: Path, settings: dict[str, str], *, saves: bool = False
+) -> float:
     """Runs the training command until its first step has ended; `settings` extend its environment.
+
+    With `saves` it then saves this step and ends by itself.
 
     Raises: InputError with the command's output, if it ends before.
     """
     environment = os.environ | settings
     began, said = time.perf_counter(), []
     command = [sys.executable, "-m", "corl_jax.train", "--config", str(config)]
-    command += [f"output_dir={output_dir}"]
+    command += [f"output_dir={output_dir}", *(["train.stop_after=1"] if saves else [])]
+    seconds = None
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as run:
         assert run.stderr is not None
         try:
             for line in run.stderr:
                 said.append(line)
-                if STEP.match(line):
-                    return time.perf_counter() - began
+                if seconds is None and STEP.match(line):
+                    seconds = time.perf_counter() - began
+                    if not saves:
+                        return seconds
         finally:
-            # At once: a signal that the command handles would let it save first.
-            run.kill()
-    raise InputError(f"{config}: no step was made; the command said: {''.join(said[-20:])}")
+            if seconds is None or not saves:
+                # At once: a signal that the command handles would let it save first.
+                run.kill()
+    if seconds is None or run.returncode:
+        problem = "no step was made" if seconds is None else "the step was not saved"
+        raise InputError(f"{config}: {problem}; the command said: {''.join(said[-20:])}")
+    return seconds
 
 
 def measure(size: str, overrides: list[str]) -> Iterator[dict[str, Any]]:
-    """Yields one record for the cold start and one for the start with the cache."""
+    """Yields a record for the cold start, one for the start with the cache, one for a resume."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = write_config(folder, size, overrides)
         write_model(folder / "model", SIZES[size].policy)
         write_rows(folder / "rows.parquet")
         settings = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
-        for start in ("cold", "cached"):
-            spent = time_first_step(config, folder / start, settings)
+        for start, output in (("cold", "cold"), ("cached", "run"), ("resumed", "run")):
+            spent = time_first_step(config, folder / output, settings, saves=start == "cached")
             yield {"record": "start", "size": size, "start": start, "seconds": spent}
 
 
@@ -163,7 +176,10 @@ def main(argv: list[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")  # the device is the training command's
     lines = []
     for record in measure(args.size, overrides):
-        print(f"{record['start']:<8}{record['seconds']:6.1f} s to the end of step 1", flush=True)
+        print(
+            f"{record['start']:<8}{record['seconds']:6.1f} s to the end of the first step",
+            flush=True,
+        )
         lines.append(json.dumps(record) + "\n")
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
