@@ -180,8 +180,12 @@ NAMED_IN = {
     # "t2i/kl" names a task. <think> is a tag of answers, and --think an option.
     "tasks": (TASKS.keys() - {"think"}, r"\W+", {"tasks.py"}),
     "algorithms": (RECIPES.keys(), r"\W+", {"algorithms/recipes.py"}),
-    # The quickstart's table says which shipped models it can train.
-    "families": (FAMILIES.keys(), r"\W+", {"policies/__init__.py", "quickstart/models.py"}),
+    # A shipped model may have the name of its family in its own, also in the quickstart's table.
+    "families": (
+        FAMILIES.keys(),
+        r"\W+",
+        {"policies/__init__.py", "assets/__init__.py", "quickstart/models.py"},
+    ),
     # Both names are words of messages, and `rewards` that of a block of options as well.
     # evaluate/suites.py is the command's table, and has the default of --suite. A file format is
     # called tsv, too, and a reward geneval.

@@ -168,8 +168,8 @@ def test_another_config_is_refused_and_allowed_by_the_flag(begun, model, rows, t
         more = ["train.trainable=[vqmodel/.*]"] if change == "stage=vq" else []
         code, text = begun.here(change, *more), capsys.readouterr().err
         losses += code != 2 or part not in text or "--allow-changed-config" not in text
-    changed = begun.config.read_text().replace("max_steps: 6", "max_steps: 9")
-    (begun.output / "config.yaml").write_text(changed)  # the checkpoint knows it too
+    kept = begun.output / "config.yaml"  # the checkpoint knows it too
+    kept.write_text(kept.read_text().replace("max_steps: 6", "max_steps: 9"))
     code, text = begun.here("train.max_steps=9"), capsys.readouterr().err
     losses += code != 2 or "checkpoints/2: train.max_steps: found 9, the run has 6" not in text
     figure(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 from corl_jax.models.clip import ClipConfig, TowerConfig
@@ -123,7 +124,7 @@ def make_scorer(peer: Peer, name: str, texts: list[str], folder: Path) -> Scorer
         return (outputs.image_embeds * outputs.text_embeds).sum(-1)
 
     def score(images: np.ndarray) -> torch.Tensor:
-        pixels = clip_scores.resize_images(images, config.image_size)
+        pixels = resize_images(images, config.image_size)
         ids = clip_scores.tokenize_prompts(network, texts)
         size = clip_scores.IMAGES_AT_ONCE
         pieces = [slice(first, first + size) for first in range(0, len(pixels), size)]
@@ -131,6 +132,12 @@ def make_scorer(peer: Peer, name: str, texts: list[str], folder: Path) -> Scorer
             return torch.cat([score_piece(pixels[rows], ids[rows]) for rows in pieces])
 
     return score
+
+
+def resize_images(images: np.ndarray, size: int) -> np.ndarray:
+    """Resizes squares uint8 [N, S, S, 3] to `size` pixels by Pillow's bicubic filter."""
+    resized = (Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC) for x in images)
+    return np.stack([np.asarray(x) for x in resized])
 
 
 @contextlib.contextmanager
