@@ -67,7 +67,11 @@ class PackedRows(NamedTuple):
         return PackedRows(self.owners, parts, jnp.pad(self.offsets, more))
 
     def take(self, prompts: jax.Array) -> jax.Array:
-        """Returns the entries [N, ...] of prompts [B, ...] that each row belongs to."""
+        """Returns the entries [N, ...] of prompts [B, ...] that each row belongs to.
+
+        It asks for the shards of the batch, so that no row is sent to another device: an axis name
+        could not say that a row's prompt is on its own shard.
+        """
         # 2 shards with 2 prompts each, owners [0, 0, 1 | 1, 0, 0]: [p0, p0, p1 | p3, p2, p2]
         shards = context_batch_shards()
         by_shard = prompts.reshape(shards, -1, *prompts.shape[1:])

@@ -52,7 +52,7 @@ def score_pickscore(
     Source: Kirstain et al. 2023 (arXiv 2305.01569).
     """
     with context.network("pickscore") as network:
-        # CLIP stores the logarithm of its temperature. It is read before the devices are busy.
+        # CLIP stores the logarithm of its temperature. It is read before this network's own work.
         scale = np.exp(np.asarray(network.params["logit_scale"], np.float32))
         cosine = clip_similarity(network, samples.require_images(), samples.column("prompt"))
     return cosine.then(lambda x: x * (scale / np.float32(divisor)))

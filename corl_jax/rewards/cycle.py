@@ -48,7 +48,7 @@ def score_bid_cycle(
     lpips) and its second version (policy, jaccard, rmse).
     """
     # Captions first: the devices work on them while the host resizes the real images.
-    wait_for_captions = caption_images(
+    wait_for_captions = start_captions(
         samples, context, caption, scorer=scorer, greedy=caption_greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def score_cycle(
     `score_bid_cycle` explains the options.
     Source: the released code.
     """
-    wait_for_captions = caption_images(
+    wait_for_captions = start_captions(
         samples, context, caption, scorer=scorer, greedy=caption_greedy,
         max_new_tokens=max_new_tokens, chunk=chunk,
     )  # fmt: skip
@@ -95,7 +95,7 @@ def score_cycle(
     )
 
 
-def caption_images(
+def start_captions(
     samples: Samples,
     context: Context,
     caption: Caption,

@@ -23,6 +23,7 @@ import numpy as np
 from corl_jax.devices.compiling import compile_ahead
 from corl_jax.params import merge
 from corl_jax.tasks import choose_tasks_of_step
+from corl_jax.train.answer_rows import depends_on_lengths
 from corl_jax.train.greedy import drop_last_completions
 from corl_jax.train.iteration import compare, make_batch, make_update_batch, sample
 from corl_jax.train.kl_penalty import measure_penalties
@@ -76,13 +77,16 @@ def compile_rl_step(run: Run, state: TrainState, prompts: Prompts, step: int) ->
     """Compiles the samplers, log-probs and update of `iteration.rl_iteration`, one at a time.
 
     `state` are shapes. Yields after each sampler, before the update and after it. Samplers give
-    zeros in the place of samples, and every reward is 0.
+    zeros in the place of samples, and every reward is 0. Where the lengths of answers decide what
+    an update reads, only the samplers are known before.
     """
     params = merge(state.params, run.frozen)
     tasks, rollouts = choose_tasks_of_step(run.tasks, run.alternate_every, step), {}
     for task in tasks:
         rollouts[task] = sample(run, task, params, prompts, True)
         yield
+    if depends_on_lengths(run, rollouts):
+        return
     greedy = penalties = None
     if run.greedy_samplers is not None:
         rollouts = drop_last_completions(rollouts, run.completions_per_prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,9 +11,10 @@ import numpy as np
 
 from corl_jax.devices.batches import all_gather_array, take_own_rows
 from corl_jax.policies.packing import PACKED, count_tokens_to_score, pack_rows
-from corl_jax.tasks import name_segments
+from corl_jax.tasks import TASKS, TurnKinds, name_segments
 from corl_jax.train.run import Run, put_batch
 from corl_jax.train.step import Batch, TaskBatch
+from corl_jax.types import Rollout
 
 MIN_SAVED_TOKENS = 8192
 """Fewest tokens of a batch that packing has to save. Another shape takes seconds to compile."""
@@ -26,13 +28,23 @@ def pack_answers(run: Run, batch: Batch) -> Batch:
     The number of rows depends on the lengths of all processes' answers alone.
     """
     return {
-        name: _pack_task(run, task) if can_pack(run, task) else task for name, task in batch.items()
+        name: _pack_task(run, task) if _can_pack(run, task.turn_kinds) else task
+        for name, task in batch.items()
     }
 
 
-def can_pack(run: Run, task: TaskBatch) -> bool:
-    """Returns whether an update can read several answers of the task in a row."""
-    return run.answer_blocks is not None and run.family.turns[task.turn_kinds].packs_answers
+def depends_on_lengths(run: Run, rollouts: Mapping[str, Rollout]) -> bool:
+    """Returns whether the lengths of answers decide the rows that an update of rollouts reads."""
+    return any(
+        _can_pack(run, TASKS[task].turn_kinds)
+        and rollout.segments[0].values.size >= MIN_SAVED_TOKENS
+        for task, rollout in rollouts.items()
+    )
+
+
+def _can_pack(run: Run, turns: TurnKinds) -> bool:
+    """Returns whether an update can read several answers of such turns in a row."""
+    return run.answer_blocks is not None and run.family.turns[turns].packs_answers
 
 
 def _pack_task(run: Run, task: TaskBatch) -> TaskBatch:
@@ -55,6 +67,6 @@ def measure_rows(run: Run, batch: Batch) -> dict[str, Any]:
             len(segment.replay.get(PACKED, segment.mask)) / len(segment.mask)
         )
         for name, task in batch.items()
-        if can_pack(run, task)
+        if _can_pack(run, task.turn_kinds)
         for prefix, segment in zip(name_segments(name, task.kinds), task.segments, strict=True)
     }

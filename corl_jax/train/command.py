@@ -229,8 +229,8 @@ def make_step_log(config: Config, run: Run, outputs: Outputs) -> StepLog:
     uncompiled = {*run.tasks} if run.alternate_every else set()
 
     def check_step(step: int, iteration: Iteration) -> None:
-        # After a whole iteration of each task everything is compiled, and the watchdog may use its
-        # shorter limit.
+        # After a whole iteration of each task the large programs are compiled, and the watchdog may
+        # use its shorter limit. Shared rows of answers may compile one update more later.
         uncompiled.difference_update(iteration.samples)
         outputs.watchdog.beat(compiled=not uncompiled)
         check_iteration(outputs.guards, step, iteration, is_last=step == run.steps)

@@ -123,7 +123,7 @@ def test_a_step_of_all_parameters_trains_the_language_model_alone(tmp_path):
     peer = make_peer(tmp_path)
     run = peer_recipe.start(peer, tmp_path)
     assert len(run.scorers) == 3 and run.reference is not None
-    before, reference = copy_parameters(peer.model), copy_parameters(run.reference)
+    before, reference = copy_parameters(peer.model), copy_parameters(run.reference[0])
     drawn = peer_recipe.draw(run, 3)
     assert drawn.codes.shape == (PROMPTS * GROUP, SIZE.limits.image_tokens)
     assert drawn.plans is None
@@ -133,7 +133,7 @@ def test_a_step_of_all_parameters_trains_the_language_model_alone(tmp_path):
     moved = {name for name, value in peer.model.named_parameters() if not value.equal(before[name])}
     assert moved and all(name.startswith("model.language_model.") for name in moved)
     assert {name.split(".")[-2] for name in moved} >= set(TARGETS)
-    after = copy_parameters(run.reference)
+    after = copy_parameters(run.reference[0])
     assert all(value.equal(after[name]) for name, value in reference.items())
     assert {value.dtype for value in run.trained} == {torch.bfloat16}
 

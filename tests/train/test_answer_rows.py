@@ -21,7 +21,7 @@ from corl_jax.policies.janus.layout import RULES, TRAINABLE
 from corl_jax.policies.packing import PACKED, Blocks
 from corl_jax.policies.show_o.family import FAMILY as SHOW_O
 from corl_jax.train import answer_rows, step
-from corl_jax.train.answer_rows import measure_rows, pack_answers
+from corl_jax.train.answer_rows import depends_on_lengths, measure_rows, pack_answers
 from tests.support.tiny_models import divisible, two_layers
 from tests.support.tiny_runs import SPECIAL, both_tasks, place_params, random_params
 from tests.support.tolerances import NETWORK
@@ -159,3 +159,14 @@ def test_few_tokens_are_not_worth_another_program(batch):
     run = make_run()
     assert pack_answers(run, batch)["mm2t"] is batch["mm2t"]
     assert measure_rows(run, batch) == {"mm2t/update_rows": 1.0}
+
+
+def test_lengths_decide_what_an_update_of_many_answers_reads(config, batch, monkeypatch):
+    tasks = both_tasks(config, PROMPTS, GROUP)
+    images = {"t2i": SimpleNamespace(segments=tasks["t2i"].segments)}
+    answers = {"mm2t": SimpleNamespace(segments=batch["mm2t"].segments)}
+    assert not depends_on_lengths(make_run(), answers)  # too few to share rows
+    monkeypatch.setattr(answer_rows, "MIN_SAVED_TOKENS", 1)
+    assert depends_on_lengths(make_run(), images | answers)
+    assert not depends_on_lengths(make_run(), images)
+    assert not depends_on_lengths(make_run(answer_blocks=None), answers)

@@ -228,6 +228,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         problems.append(
             f"--lora: has no effect on {', '.join(without)}; give --parts {','.join(WITH_ADAPTERS)}"
         )
+    for name, readers in (("plan", ("recipe",)), ("batch_prompts", ("iteration", "recipe"))):
+        if getattr(args, name) and not {*readers} & {*args.parts}:
+            problems.append(
+                f"--{name.replace('_', '-')}: has no effect on {', '.join(args.parts)}; "
+                f"give --parts {','.join(readers)}"
+            )
     problems += _list_mesh_problems(args)
     if args.peer:
         problems += versus.list_peer_problems(args)

@@ -67,7 +67,7 @@ def _measure_rollout(setting: Setting, lengths: np.ndarray) -> Iterator[Record]:
         with end_answers(ends.ravel()):
             timing = setting.measure(f"lengths_{lengths.mean():.0f}", sample)
         figures = {
-            "ms_per_step": float(1e3 * timing.median / lengths.max()),
+            "ms_per_longest_token": float(1e3 * timing.median / lengths.max()),
             "tokens_per_s": float(ends.sum() / timing.median),
             "mean": float(lengths.mean()),
             "longest": int(lengths.max()),

@@ -1,15 +1,16 @@
-"""Measures whole steps of published recipes for images: rollout, pixels, rewards, update.
+"""Measures whole steps in the shape of published recipes: rollout, pixels, rewards, update.
 
-All parameters are trained as in T2I-R1 (arXiv 2505.00703: Janus-Pro-7B, 16 prompts with 8 images,
-KL divergence from the first policy), adapters as in UniRL's recipe of Janus-Pro (rank 16, 8 prompts
-with 4 images, PickScore):
+All parameters are trained in T2I-R1's shape (arXiv 2505.00703: Janus-Pro-7B, 16 prompts with 8
+images, KL divergence from the first policy; three CLIPs stand in for its HPS, GIT and
+GroundingDINO, and one GPU for its eight), adapters in that of UniRL's recipe of Janus-Pro (rank 16,
+8 prompts with 4 images, PickScore):
 
     export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
     python -m tools.bench --size 7b --parts recipe --prompts 16 --micro-batch 1 --batch-prompts 8
     python -m tools.bench --size 7b --parts recipe --prompts 8 --group 4 --lora 16
 
-both with `--peer transformers --repeats 2`. T2I-R1 writes a plan before each image: `--plan 128`
-gives it as many tokens, all sampled, scored and trained.
+both with `--peer transformers --repeats 2`. T2I-R1 also writes a plan before each image: `--plan
+128` gives it as many tokens, all sampled, scored and trained; without the option there are none.
 
 Memory of 7B, all parameters, GiB: parameters 12.9 in bfloat16, Adam 25.7, the reference 12.9,
 frozen parameters 0.9, three reward networks in float32 11: 63.4 are kept. Gradients take 12.9, and
@@ -52,13 +53,15 @@ from tools.bench.timing import Record
 PART, NAME = "recipe", "whole step"
 PHASES = ("rollout", "reward", "update")
 SAME = (
-    "shapes, prompts, codes of an image, guidance, resizing by Pillow, reward networks with TF32, "
+    "shapes, prompts, codes of an image, guidance, images resized on the device, reward networks "
+    "with TF32, "
     "group advantages, clipped loss, clipping by global norm, AdamW, checkpointed layers, "
     "micro-batches, prompts sampled at once"
 )
 DIFFERENT = (
-    "prompts are read once for their group here, once for each image in PyTorch; codes become "
-    "pixels in float32 here, in bfloat16 in PyTorch"
+    "prompts are read once for their group here, once for each image in PyTorch, which also reads "
+    "a plan anew before its image; codes become pixels in float32 here, in bfloat16 in PyTorch; "
+    "without plans AdamW moves the unused lm_head here, and skips it in PyTorch"
 )
 
 

@@ -156,7 +156,7 @@ def _collect_answers(context: Context) -> dict[str, list[str]]:
         "od": samples["od"].column("od_problem"),
     }
     answers = {
-        CAPTION: cycle.caption_images(
+        CAPTION: cycle.start_captions(
             samples["qa"], context, "policy", scorer="policy", greedy=True,
             max_new_tokens=_get_max_new_tokens("t2i_bid_cycle_reward"), chunk=asking.CHUNK,
         )()

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 from corl_jax.models.clip import ClipConfig, TowerConfig
@@ -64,7 +63,7 @@ class Training:
     prompts: EncodedPrompts
     trained: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
-    reference: Any  # the language model at the start; None without a KL penalty
+    reference: Any  # (language model, lm_head) at the start; None without a KL penalty
     scorers: list[Scorer]
 
 
@@ -90,7 +89,8 @@ def start(peer: Peer, folder: Path) -> Training:
     """Returns the training of the recipe: its parameters, its optimizer and its networks."""
     recipe, model = choose_recipe(peer.rank is not None), peer.model
     model.requires_grad_(False)
-    reference = copy.deepcopy(model.model.language_model) if recipe.kl_coef else None
+    parts = model.model.language_model, model.lm_head
+    reference = copy.deepcopy(parts) if recipe.kl_coef else None
     if peer.rank is None:
         trained = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     else:
@@ -117,27 +117,21 @@ def make_scorer(peer: Peer, name: str, texts: list[str], folder: Path) -> Scorer
 
     @torch.inference_mode()
     def score_piece(pixels: np.ndarray, ids: np.ndarray) -> torch.Tensor:
-        rows = torch.from_numpy(np.array(pixels)).to(peer.device).permute(0, 3, 1, 2)
-        outputs = model(
-            input_ids=peer.to_tensor(ids), pixel_values=(rows.float() / 255 - mean) / std
-        )
+        rows = torch.from_numpy(np.array(pixels)).to(peer.device).permute(0, 3, 1, 2).float()
+        shape = (config.image_size, config.image_size)
+        levels = torch.nn.functional.interpolate(rows, shape, mode="bicubic", antialias=True)
+        levels = levels.round().clamp(0, 255)
+        outputs = model(input_ids=peer.to_tensor(ids), pixel_values=(levels / 255 - mean) / std)
         return (outputs.image_embeds * outputs.text_embeds).sum(-1)
 
     def score(images: np.ndarray) -> torch.Tensor:
-        pixels = resize_images(images, config.image_size)
         ids = clip_scores.tokenize_prompts(network, texts)
         size = clip_scores.IMAGES_AT_ONCE
-        pieces = [slice(first, first + size) for first in range(0, len(pixels), size)]
+        pieces = [slice(first, first + size) for first in range(0, len(images), size)]
         with use_tf32():
-            return torch.cat([score_piece(pixels[rows], ids[rows]) for rows in pieces])
+            return torch.cat([score_piece(images[rows], ids[rows]) for rows in pieces])
 
     return score
-
-
-def resize_images(images: np.ndarray, size: int) -> np.ndarray:
-    """Resizes squares uint8 [N, S, S, 3] to `size` pixels by Pillow's bicubic filter."""
-    resized = (Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC) for x in images)
-    return np.stack([np.asarray(x) for x in resized])
 
 
 @contextlib.contextmanager
@@ -297,12 +291,13 @@ def compute_reference_logprobs(run: Training, drawn: Drawn) -> list[torch.Tensor
     """Computes log-probs by the language model at the start; None for each segment without one."""
     if run.reference is None:
         return [None] * (1 if drawn.plans is None else 2)
-    inner = run.peer.model.model
-    trained, inner.language_model = inner.language_model, run.reference
+    model = run.peer.model
+    trained = model.model.language_model, model.lm_head
+    model.model.language_model, model.lm_head = run.reference
     try:
         return [*compute_logprobs(run.peer, drawn)]
     finally:
-        inner.language_model = trained
+        model.model.language_model, model.lm_head = trained
 
 
 def split_prompts(prompts: EncodedPrompts, size: int) -> Iterator[EncodedPrompts]:
