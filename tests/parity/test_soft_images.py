@@ -143,6 +143,7 @@ def assert_same_gradients(found, expected, tolerance) -> None:
         assert error <= tolerance * max(largest, 1e-4), f"{path}: {error:.2e} of {largest:.2e}"
 
 
+@pytest.mark.slow
 def test_gradients_equal_those_of_pytorch_with_the_same_noise(model, config, batch):
     params = torch_janus.params_of(model)
     keys = jax.random.wrap_key_data(batch.segments[0].replay[NOISE_KEYS])

@@ -855,6 +855,7 @@ def test_errors_of_gradients_are_shares_of_their_lengths():
     assert gradients.measure_errors(exact, exact) == {"error": 0, "largest": 0}
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_shows_in_gradients(tmp_path, monkeypatch):
     """One that scales its scores otherwise."""
     real = jax.nn.dot_product_attention

@@ -99,7 +99,7 @@ def assert_same(found, expected) -> None:
         assert error < NETWORK, (path, error)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_packed_answers_train_as_answers_apart(
     config, params, batch, apart, micro_batches, always_packed
 ):

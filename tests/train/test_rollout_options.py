@@ -174,7 +174,7 @@ def saved_reference(run: Path, step: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("decay", "changes"),
-    [(0.0, {}), (0.5, {"lora": {"rank": 2}})],
+    [pytest.param(0.0, {}, marks=pytest.mark.slow), (0.5, {"lora": {"rank": 2}})],
     ids=["replaced", "averaged adapters"],
 )
 def test_a_moving_reference_resumes_bit_by_bit(options, tmp_path, decay, changes):

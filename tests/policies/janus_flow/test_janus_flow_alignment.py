@@ -107,6 +107,7 @@ def list_updates(lines: list[dict]) -> list[dict]:
     return [line for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_run_raises_it_and_exports_no_projector(model, rows, tmp_path, one_device):
     lines = list_updates(run(model, rows, tmp_path / "run", **RUN))
     assert len(lines) == 6 and lines[-1]["t2i/alignment"] > lines[0]["t2i/alignment"] + 0.05

@@ -88,12 +88,14 @@ def test_the_command_keeps_what_the_mask_does_not_show(model, folder, picture, m
     assert (codes[:, :, 2:] != kept[:, 2:]).any()
     assert len({row.tobytes() for row in codes}) > 1
     decoded = decode_images(policy.sizes, policy.params, jnp.asarray(codes.reshape(4, -1)))
-    files = [np.asarray(Image.open(tmp_path / "out" / line["file"])) for line in lines]
-    np.testing.assert_array_equal(files, decoded)
+    files = np.array([np.asarray(Image.open(tmp_path / "out" / x["file"])) for x in lines], int)
+    # Three images at a time may round to another level than four, on some processors.
+    np.testing.assert_allclose(files, decoded, atol=1, rtol=0)
     drawn = model.generate_images(
         ["a red circle", "two"], 2, image_steps=3, seed=1, inpaint=Image.open(picture), mask=mask
     )
-    np.testing.assert_array_equal([np.asarray(x) for row in drawn for x in row], files)
+    redrawn = np.array([np.asarray(x) for row in drawn for x in row], int)
+    np.testing.assert_allclose(redrawn, files, atol=1, rtol=0)
     spread = model.generate_images(
         ["a red circle", "two"], 2, image_steps=3, seed=1, inpaint=Image.open(picture), mask=mask,
         spread_steps=True,
