@@ -147,7 +147,9 @@ class Grid:
         images = np.stack([[pictures.shrink(x) for x in row[:count]] for row in self.images])
         rewards = [[{"reward": float(x)} for x in row[:count]] for row in self.totals]
         frames = [row[:count] for row in self._choose_frames()]
-        title = f"{self.title}, mean reward {np.nanmean(self.totals):.2f}"
+        title = self.title
+        if not np.isnan(self.totals).all():  # with rewards
+            title += f", mean reward {np.nanmean(self.totals):.2f}"
         return pictures.draw_samples(images, self.captions, rewards, title, frames)
 
     def _choose_frames(self) -> list[list[pictures.Color | None]]:
