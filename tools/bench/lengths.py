@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from corl_jax.policies.packing import PACKED, pack_rows
 from corl_jax.train.step import TaskBatch
 from tools.bench import inputs
 from tools.bench.generation import make_keys, make_prompts, make_samplers
+from tools.bench.replacing import replace_inside
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 from tools.bench.training import choose_answer_blocks, start_training
@@ -75,8 +75,7 @@ def _measure_rollout(setting: Setting, lengths: np.ndarray) -> Iterator[Record]:
         yield Record("lengths", f"mean {lengths.mean():.0f}: {name}", timing, figures)
 
 
-@contextlib.contextmanager
-def end_answers(ends: np.ndarray) -> Iterator[None]:
+def end_answers(ends: np.ndarray) -> AbstractContextManager[None]:
     """Ends the sampled answers of the block after `ends` [N] tokens."""
 
     def make_ending_draw(model: Any, choice: Any, keys: jax.Array, eos: int) -> TextDraw:
@@ -89,12 +88,7 @@ def end_answers(ends: np.ndarray) -> Iterator[None]:
 
         return draw_or_end
 
-    sampling.text_program.clear_cache()  # jit does not notice the patched function
-    try:
-        with mock.patch.object(causal_answers, "make_text_draw", make_ending_draw):
-            yield
-    finally:
-        sampling.text_program.clear_cache()
+    return replace_inside(sampling.text_program, causal_answers, "make_text_draw", make_ending_draw)
 
 
 def make_answers(setting: Setting, lengths: np.ndarray) -> TaskBatch:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from corl_jax.tasks import IMAGE_GENERATION
 from corl_jax.types import EncodedPrompts, Segment
 from tools.bench.correctness import measure_difference
 from tools.bench.generation import make_keys, make_prompts, make_samplers
+from tools.bench.replacing import replace_inside
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.timing import Record
 
@@ -72,15 +72,9 @@ def run_passes(
     )
 
 
-@contextlib.contextmanager
-def replace_loop(loop: Callable[..., WindowState]) -> Iterator[None]:
+def replace_loop(loop: Callable[..., WindowState]) -> AbstractContextManager[None]:
     """Replaces the loop over the passes of an image in the block."""
-    sampling.image_program.clear_cache()  # jit does not notice the patched function
-    try:
-        with mock.patch.object(sampling, "draw_in_windows", loop):
-            yield
-    finally:
-        sampling.image_program.clear_cache()
+    return replace_inside(sampling.image_program, sampling, "draw_in_windows", loop)
 
 
 def measure_acceptance(setting: Setting) -> Iterator[Record]:
