@@ -28,7 +28,8 @@ def make_sigmas(
 
     Raises:
         ValueError: the schedule is unknown, the number of steps or the shift is not positive, a
-            shift is given to a schedule without one, or `dynamic` has no number of tokens.
+            shift is given to a schedule without one, `dynamic` has no number of tokens, or two
+            times are equal up to rounding.
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule {name!r}: expected one of {', '.join(SCHEDULES)}")
@@ -36,7 +37,15 @@ def make_sigmas(
         raise ValueError(f"num_steps {num_steps}: expected at least 1")
     if shift is not None and shift <= 0:
         raise ValueError(f"shift {shift}: expected a positive number")
-    return SCHEDULES[name](num_steps, shift, num_tokens)
+    with np.errstate(all="ignore"):
+        sigmas = SCHEDULES[name](num_steps, shift, num_tokens)
+    # As a network reads them: of an extreme shift all times round to 1 or to 0.
+    if not (np.diff(sigmas.astype(np.float32)) < 0).all():
+        raise ValueError(
+            f"schedule {name!r} with {num_steps} steps and a shift of {shift}: two of its times "
+            "are the same number; choose a shift nearer to 1, or fewer steps"
+        )
+    return sigmas
 
 
 def shift_times(times: Any, shift: float) -> Any:
