@@ -275,6 +275,7 @@ def test_a_section_without_settings_is_refused(section, tmp_path):
         ("vision_gen_dec_config", "out_channels", 3, "out_channels is 3, expected 4"),
         ("vision_und_enc_config", "select_feature", "patch", "select_feature is 'patch'"),
         ("vision_und_enc_config", "select_layer", -2, "select_layer is -2, expected -1"),
+        ("vision_und_enc_config", "pixel_mean", [0.5] * 3, "pixel_mean is [0.5, 0.5, 0.5], expect"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(section, name, value, message, tmp_path):
