@@ -140,6 +140,14 @@ READERS = (
         "a stage with rollouts and a task that makes images",
         lambda config, _: STAGE_FACTS[config.stage].has_rollouts and _makes(config, IMAGES),
     ),
+    Reader(
+        r"denoising\.(eval_steps|schedule|shift)", "a task that makes images, or an eval.suite",
+        lambda config, _: _makes(config, IMAGES) or _evaluates(config),
+    ),
+    Reader(
+        r"denoising\.eval_steps", "an eval.suite or log.images_every",
+        lambda config, _: _evaluates(config) or bool(config.log.images_every),
+    ),
     Reader(r"denoising\.window_starts", "denoising.window above 0",
            lambda config, _: config.denoising.window > 0),
     Reader(r"denoising\.kl", "algorithm.kl_coef above 0",

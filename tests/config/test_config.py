@@ -497,6 +497,14 @@ def test_options_that_contradict_each_other(write, overrides, part):
             "rollout.cfg_scale: 2.0", "a task that makes images, or an eval.suite",
         ),
         (
+            ["denoising.schedule=linspace", "algorithm.tasks=mm2t"],
+            "denoising.schedule: 'linspace'", "a task that makes images, or an eval.suite",
+        ),
+        (
+            ["denoising.eval_steps=9", "log.images_every=0"],
+            "denoising.eval_steps: 9", "an eval.suite or log.images_every",
+        ),
+        (
             ["export.dtype=float32", "export.layout=none"],
             "export.dtype: 'float32'", "an export.layout other than none",
         ),
