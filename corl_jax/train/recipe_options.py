@@ -17,6 +17,7 @@ from corl_jax.policies.family import Denoising as SamplerDenoising
 from corl_jax.policies.family import Family
 from corl_jax.tasks import TASKS, TEXT, choose_tasks
 from corl_jax.train.stages import STAGES, Stage
+from corl_jax.types import Sizes
 
 KL_ESTIMATORS = {"loss": "k3", "reward": "k1"}
 """Place of the KL penalty -> its estimator where a config moves the penalty of a recipe."""
@@ -177,7 +178,9 @@ def _list_options_of_tokens(config: Config) -> tuple[str, ...]:
     return learning if has_suites else (*learning, "rollout.temperature")
 
 
-def find_denoising_problems(config: Config, stage: Stage, family: Family) -> list[str]:
+def find_denoising_problems(
+    config: Config, stage: Stage, family: Family, sizes: Sizes
+) -> list[str]:
     """Returns the options with which a model that makes images by denoising cannot be trained.
 
     For any other model these are all options of denoising: they were meant for another model.
@@ -192,7 +195,9 @@ def find_denoising_problems(config: Config, stage: Stage, family: Family) -> lis
     options = config.denoising
     try:
         # Evaluations of every stage draw images at these times.
-        sigmas = make_sigmas(options.schedule, options.steps, options.shift, num_tokens=1)
+        sigmas = make_sigmas(
+            options.schedule, options.steps, options.shift, family.limits(sizes).latent_tokens
+        )
     except ValueError as error:
         return [f"denoising: {error}"]
     # An unknown name of an algorithm is a problem already.

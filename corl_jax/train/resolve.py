@@ -122,7 +122,7 @@ def outline_run(
     config = fit.choose_guidance(config, family)
     problems.add(find_table_problems(config))
     missing = find_missing_abilities(config, stage, family, sizes)
-    problems.add([*missing, *find_denoising_problems(config, stage, family)])
+    problems.add([*missing, *find_denoising_problems(config, stage, family, sizes)])
     problems.add(fit.find_window_problems(config, family, family.limits(sizes)))
     axes = config.mesh
     mesh = problems.attempt(make_mesh, axes.data, axes.fsdp, axes.tensor, devices)
@@ -165,7 +165,7 @@ def resolve_run(config: Config) -> ResolvedRun:
         config = fit.choose_guidance(fit.choose_layout(config, model.family), model.family)
         missing = find_missing_abilities(config, stage, model.family, model.sizes)
         problems.add([*missing, *_find_own_scorer_problems(config, rewards.used, model)])
-        problems.add(find_denoising_problems(config, stage, model.family))
+        problems.add(find_denoising_problems(config, stage, model.family, model.sizes))
         # Without adapters if they are wrong, so that the other checks still run.
         sizes = problems.attempt(fit.add_parts, config, model.family, model.sizes) or model.sizes
         problems.add(fit.find_model_problems(config, model.family, sizes, mesh))

@@ -396,7 +396,7 @@ def test_a_janus_flow_config_fits_its_model(name):
     assert fit.choose_layout(config, family).export.layout == "original"
     complete = fit.add_parts(config, family, sizes)
     assert not fit.find_model_problems(config, family, complete, None)
-    assert not find_denoising_problems(config, stage, family)
+    assert not find_denoising_problems(config, stage, family, sizes)
     assert not resolve.find_missing_abilities(config, stage, family, sizes)
     if stage.samples:
         assert config.rollout.cfg_scale == 2.0 and config.algorithm.kl_coef == 0.004

@@ -69,7 +69,8 @@ def test_windows_need_codes_in_order_and_no_more_than_an_image_has(family, windo
 
 
 def find_problems(config: Config, stage: str = "rl") -> list[str]:
-    return find_denoising_problems(config, STAGES[stage], policies.FAMILIES["janus_flow"])
+    family = policies.FAMILIES["janus_flow"]
+    return find_denoising_problems(config, STAGES[stage], family, family.presets["janusflow-1.3b"])
 
 
 @pytest.mark.parametrize("stage", ["rl", "sft"])
@@ -78,7 +79,9 @@ def test_a_schedule_without_a_shift_is_refused_before_an_evaluation_needs_it(sta
     assert find_problems(config, stage) == [
         "denoising: schedule 'uniform' has no shift, found 3.0: leave shift at null"
     ]
-    (found,) = find_denoising_problems(config, STAGES[stage], policies.FAMILIES["janus"])
+    janus = policies.FAMILIES["janus"]
+    sizes = next(iter(janus.presets.values()))
+    (found,) = find_denoising_problems(config, STAGES[stage], janus, sizes)
     assert found.startswith("model.path: found a janus, which does not make images by denoising, ")
     assert "the config has denoising.shift; give a model that does" in found
     config = config.model_copy(update={"denoising": Denoising(schedule="linspace", shift=3.0)})
@@ -100,6 +103,16 @@ def test_a_window_without_noise_is_refused_where_it_is_trained(changes, problem)
     (found,) = find_problems(config)
     assert found.startswith("denoising: ") and problem in found
     assert not find_problems(config, "sft")
+
+
+def test_the_stds_of_a_dynamic_schedule_are_those_of_the_models_images():
+    """The last of 23 steps has std 0.053 with 576 tokens, and would have 0.049 with one."""
+    options = {"schedule": "dynamic", "latent_dtype": "bfloat16"}
+    config = make_config().model_copy(update={"denoising": Denoising(**options, steps=23)})
+    assert not find_problems(config)
+    config = make_config().model_copy(update={"denoising": Denoising(**options, steps=30)})
+    (found,) = find_problems(config)
+    assert "step 29 of 30 has std 0.041, below 0.05" in found
 
 
 def test_a_greedy_baseline_and_a_penalty_in_the_reward_are_refused_for_latents():
