@@ -240,7 +240,8 @@ def _explain(problems: list[str], layout: str, data: Mapping[str, Any]) -> list[
         f"its weights are not those of the VAE that its config.json states; run `hf download "
         f"{HUB_ID} --local-dir DIR`, and give DIR"
     )
-    return [*problems, remedy] if problems else []
+    # In front, because a command prints the first problems alone.
+    return [remedy, *problems] if problems else []
 
 
 RULES: Rules = ((r".*", WHOLE),)  # 84 million parameters: small beside a model of latents

@@ -374,4 +374,6 @@ def test_a_damaged_vae_is_refused(tmp_path):
     state = vae_state()
     del state["decoder.conv_in.bias"]
     tiny_vae.write_vae(folder / "vae", state, **VAE_CONFIG)
-    assert "vae/decoder.conv_in.bias is missing" in problems_of(folder)
+    remedy, problem = problems_of(folder).splitlines()
+    assert "the weights of its VAE are not those that" in remedy and "hf download" in remedy
+    assert "vae/decoder.conv_in.bias is missing" in problem

@@ -10,7 +10,11 @@ from corl_jax.policies.janus.checkpoint import assets
 from corl_jax.policies.janus.checkpoint.kind import find_strange_weights
 from corl_jax.policies.janus_flow.checkpoint import flow_config
 from corl_jax.policies.janus_flow.checkpoint.flow_keys import TABLE
-from corl_jax.policies.janus_flow.checkpoint.vae_files import PARTS, write_vae_config
+from corl_jax.policies.janus_flow.checkpoint.vae_files import (
+    PARTS,
+    explain_vae_problems,
+    write_vae_config,
+)
 from corl_jax.policies.janus_flow.layout import RULES
 from corl_jax.policies.janus_flow.network import JanusFlow, JanusFlowConfig
 from corl_jax.weights.adapters import adapter_table
@@ -28,13 +32,16 @@ def find_other_kind(data: Mapping[str, Any]) -> str | None:
 
 
 def explain_problems(problems: list[str], layout: str, data: Mapping[str, Any]) -> list[str]:
-    """Returns the problems of the tensors, or their cause if they are those of a Janus."""
+    """Returns the problems of the tensors, with the remedy in front if they are of the VAE.
+
+    If the tensors are those of a Janus, returns this cause alone.
+    """
     if layout == "original" and (where := find_strange_weights(problems, "gen_vision_model.")):
         return [
             f"{where}: its tensors are those of a Janus, but its config.json is of a JanusFlow; "
             "put the config.json there that came with the weights"
         ]
-    return problems
+    return [*explain_vae_problems(problems), *problems]
 
 
 def write_assets(

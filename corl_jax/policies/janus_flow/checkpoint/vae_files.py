@@ -69,6 +69,19 @@ def _find_scaling_problems(vae: SdVaeConfig, where: str, place: Path | None = No
     ]
 
 
+def explain_vae_problems(problems: list[str]) -> list[str]:
+    """Returns a line with the remedy if some of the problems are of the VAE's tensors."""
+    sign = f": {VAE}"
+    folders = [problem.partition(sign)[0] for problem in problems if sign in problem]
+    if not folders:
+        return []
+    return [
+        f"{folders[0]}: the weights of its VAE are not those that the VAE's config.json states, by "
+        f"diffusers' names; {_describe_remedy()}, where DIR is the model's folder, or load the VAE "
+        f"with diffusers' {sd_vae.CLASS_NAME}, and save it again"
+    ]
+
+
 def _describe_remedy(place: Path | None = None) -> str:
     return f"run `hf download {sd_vae.HUB_ID} --local-dir {place or 'DIR/vae'}`"
 
