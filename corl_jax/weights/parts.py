@@ -19,9 +19,10 @@ from corl_jax.weights.shards import (
 from corl_jax.weights.storage import JoinedStore, PrefixedStore, Store, open_any_store
 
 
-def find_companion(folder: Path, name: str) -> Path | None:
-    """Returns a folder of this name inside of a model's folder, or else beside it."""
-    places = (folder / name, folder.absolute().parent / name)
+def find_companion(folder: Path, *names: str) -> Path | None:
+    """Returns a folder of one of these names inside of a model's folder, or else beside it."""
+    # All names inside first: what is beside may belong to another model.
+    places = (place / name for place in (folder, folder.absolute().parent) for name in names)
     return next((place for place in places if place.is_dir()), None)
 
 
@@ -45,8 +46,7 @@ def join_parts(store: Store, kind: NetworkKind, folder: Path) -> Store:
     for part in (kind.parts or ())[1:]:
         if part.only_with and part.only_with not in store.infos:
             continue
-        places = [find_companion(folder, name) for name in (part.folder, *part.other_folders)]
-        place = next(filter(None, places), None)
+        place = find_companion(folder, part.folder, *part.other_folders)
         if place is None and part.only_with:
             continue
         if place is None:

@@ -292,13 +292,13 @@ def find_vae_of(folder: Path) -> Path:
 
     Raises: InputError with the command that downloads one.
     """
-    places = [place for name in FOLDERS if (place := find_companion(folder, name))]
-    if not places:
+    place = find_companion(folder, *FOLDERS)
+    if place is None:
         raise InputError(
             f"{folder}: no folder {' or '.join(FOLDERS)} is in it or beside it"
             f"{_describe_remedy(folder / FOLDERS[0])}"
         )
-    return places[0]
+    return place
 
 
 def _read_class(folder: Path) -> Any:

@@ -343,6 +343,16 @@ def test_the_vae_may_have_another_place(name, tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, found, load_vae(place)[1]))
 
 
+def test_the_vae_inside_of_a_folder_is_its_own_whatever_is_beside(tmp_path):
+    folder = original_folder(tmp_path / "flow")
+    other = tmp_path / "vae"
+    tiny_vae.write_vae(other, {key: x + 1 for key, x in vae_state().items()}, **VAE_CONFIG)
+    (folder / "vae").rename(folder / "sdxl-vae")
+    found = load_params(folder, KIND)["vae"]
+    expected = load_vae(folder / "sdxl-vae")[1]
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+
+
 def test_without_a_vae_the_command_that_downloads_it_is_named(tmp_path):
     folder = original_folder(tmp_path / "flow")
     shutil.rmtree(folder / "vae")

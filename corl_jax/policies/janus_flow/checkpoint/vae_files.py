@@ -88,8 +88,8 @@ def _describe_remedy(place: Path | None = None) -> str:
 
 def write_vae_config(folder: Path, vae: SdVaeConfig, origin: Path | None) -> None:
     """Writes the VAE's config.json: that of the model's source, or a new one of these sizes."""
-    places = [find_companion(origin, name) for name in sd_vae.FOLDERS] if origin else []
-    file = next((place / "config.json" for place in places if place), None)
+    place = find_companion(origin, *sd_vae.FOLDERS) if origin else None
+    file = place / "config.json" if place else None
     (folder / VAE).mkdir(exist_ok=True)
     target = folder / VAE / "config.json"
     if file and file.is_file():
