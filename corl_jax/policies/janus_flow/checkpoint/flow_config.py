@@ -118,7 +118,11 @@ def _parse_uvit(top: Fields, width: int) -> UvitConfig:
             f"expected {[encoder_width]}, as in {ENCODER}"
         )
     norm_eps = encoder.number("norm_eps", usual.norm_eps)
-    decoder.expect("norm_eps", (norm_eps,), f"as in {ENCODER}")
+    # Each has its own default in the original code.
+    if (found := decoder.number("norm_eps", usual.norm_eps)) != norm_eps:
+        decoder.problems.add(
+            f"{decoder.where}: norm_eps is {found}, expected {norm_eps}, as in {ENCODER}"
+        )
     return UvitConfig(
         latent_channels=channels,
         patch_size=PATCH,
