@@ -398,5 +398,6 @@ def test_a_damaged_vae_is_refused(tmp_path):
     del state["decoder.conv_in.bias"]
     tiny_vae.write_vae(folder / "vae", state, **VAE_CONFIG)
     remedy, problem = problems_of(folder).splitlines()
-    assert "the weights of its VAE are not those that" in remedy and "hf download" in remedy
+    assert "the weights of its VAE are not those that" in remedy
+    assert f"hf download stabilityai/sdxl-vae --local-dir {folder / 'vae'}`" in remedy
     assert "vae/decoder.conv_in.bias is missing" in problem

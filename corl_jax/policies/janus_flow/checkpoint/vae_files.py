@@ -77,8 +77,8 @@ def explain_vae_problems(problems: list[str]) -> list[str]:
         return []
     return [
         f"{folders[0]}: the weights of its VAE are not those that the VAE's config.json states, by "
-        f"diffusers' names; {_describe_remedy()}, where DIR is the model's folder, or load the VAE "
-        f"with diffusers' {sd_vae.CLASS_NAME}, and save it again"
+        f"diffusers' names; {_describe_remedy(Path(folders[0]) / PARTS[1].folder)}, or load the "
+        f"VAE with diffusers' {sd_vae.CLASS_NAME}, and save it again"
     ]
 
 
