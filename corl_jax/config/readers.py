@@ -99,7 +99,8 @@ READERS = (
         for switch, names in SWITCH_USERS.items()
     ),
     Reader(
-        r"compat\.(image_logprobs_unshifted|text_top_k_50)|guards\.(?!max_skipped|step_timeout).*",
+        r"compat\.(image_logprobs_unshifted|text_top_k_50)|guards\.(?!max_skipped|step_timeout).*|"
+        r"unmasking\.(logprobs|scored_steps)",
         "a stage with rollouts", lambda config, _: STAGE_FACTS[config.stage].has_rollouts,
     ),
     Reader(

@@ -224,7 +224,7 @@ def choose_denoising(plan: RunOutline, *, evaluates: bool = False) -> Denoising:
 def choose_unmasking(plan: RunOutline) -> Unmasking:
     """Returns how images whose codes come in any order are drawn and scored."""
     options = plan.config.unmasking
-    if not plan.stage.compares:  # given images have no trajectory
+    if not plan.stage.samples:  # given images have no trajectory
         return Unmasking(options.steps)
     return Unmasking(options.steps, options.logprobs, options.scored_steps)
 

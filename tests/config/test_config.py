@@ -458,6 +458,10 @@ def test_options_that_contradict_each_other(write, overrides, part):
             ["stage=sft", "rewards=[]", "guards.entropy=0.2"],
             "guards.entropy: 0.2", "a stage with rollouts",
         ),
+        (
+            ["stage=sft", "rewards=[]", "unmasking.logprobs=complement"],
+            "unmasking.logprobs: 'complement'", "a stage with rollouts",
+        ),
         (["eval.every=5"], "eval.every: 5", "an eval.suite other than none, or eval.suites"),
         (
             ["stage=vq", "rewards=[]", "train.micro_batch=8"],

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from corl_jax.config.unmasking import Unmasking
 from corl_jax.data.self_questions.generator import make_generated_record, write_records
 from corl_jax.policies.show_o import network
 from corl_jax.train import __main__ as command
+from corl_jax.train import build
+from corl_jax.train.stages import STAGES
 from tests.support import show_o_files, tiny_runs
 from tests.support.tiny_runs import metric_lines
 
@@ -50,6 +55,20 @@ def released(tmp_path_factory):
         return show_o_files.full_size_folder(root / name, network.PRESETS[name])
 
     return make
+
+
+def test_own_images_are_scored_in_the_form_that_the_config_names():
+    """Which form says what an answer's gradient reaches; images of data have no trajectory."""
+    config = SimpleNamespace(unmasking=Unmasking(logprobs="trajectory", scored_steps=2))
+    found = {}
+    for name, stage in STAGES.items():
+        plan: Any = SimpleNamespace(config=config, stage=stage)
+        form = build.choose_unmasking(plan)
+        found[name] = form.logprobs, form.scored_steps
+    given, own = ("one_shot", 0), ("trajectory", 2)
+    assert found == {
+        "rl": own, "self_sft": own, "self_sft_through": own, "sft": given, "vq": given,
+    }  # fmt: skip
 
 
 def train(name: str, model, data, output, *arguments: str):
