@@ -162,6 +162,15 @@ def test_greedy_answers_about_images_of_any_form(pair):
         assert said == pair.processor.decode(expected)
 
 
+def test_texts_of_any_tokens(pair):
+    """Control tokens, codes, and letters that are cut between their bytes."""
+    theirs, draw = pair.theirs.tokens, np.random.default_rng(4)
+    for _ in range(50):
+        ids = draw.integers(0, pair.ours.sizes.vocab_size, 12).tolist()
+        expected = theirs.tokenizer.decode(ids, skip_special_tokens=True)
+        assert pair.processor.decode(ids) == expected
+
+
 def test_pixels_of_codes(pair):
     codes = np.random.default_rng(3).integers(0, pair.ours.sizes.num_codes, (3, PLACES))
     with torch.no_grad():

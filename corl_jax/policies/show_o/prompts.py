@@ -11,8 +11,9 @@ Source: Show-o (arXiv 2408.12528), `UniversalPrompting` and `inference_mmu.py`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +217,24 @@ class Processor:
         return -(-length // self.bucket_size) * self.bucket_size
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Returns the text of token ids, without control tokens and image codes."""
-        tokens = [token for token in np.asarray(ids).tolist() if token < self.special.pad]
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        """Returns the text of token ids, without end tokens, padding, image codes and masks.
+
+        Other control tokens keep their names, as in the original.
+        """
+        first = self.special.pad + 1
+
+        def decode_run(tokens: Iterable[int], is_control: bool) -> str:
+            if is_control:
+                return "".join(CONTROLS[token - first] for token in tokens)
+            kept = [token for token in tokens if token < self.special.pad]
+            return self.tokenizer.decode(kept, skip_special_tokens=True)
+
+        # By our names, because the file of the tokenizer may lack them.
+        runs = itertools.groupby(
+            (token for token in np.asarray(ids).tolist() if token < self.special.first_code),
+            lambda token: token >= first,
+        )
+        return "".join(decode_run(tokens, is_control) for is_control, tokens in runs)
 
 
 def _take_only_image(images: Sequence[Image.Image]) -> Image.Image:

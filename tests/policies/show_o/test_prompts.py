@@ -121,11 +121,14 @@ def test_prompts_are_padded_on_the_left(processor):
         processor.pad(rows, 3)
 
 
-def test_decoding_leaves_out_control_tokens_and_codes(processor):
+def test_decoding_names_control_tokens_and_leaves_out_codes(processor):
     special = processor.special
     words = processor.tokenizer.encode("two squares").ids
-    ids = [special.eos, *words, special.soi, special.first_code + 3, special.mask, special.pad]
+    ids = [special.eos, *words, special.first_code + 3, special.mask, special.pad]
     assert processor.decode(ids) == "two squares"
+    assert processor.decode([special.eoi, *ids, special.soi, *words]) == (
+        "<|eoi|>two squares<|soi|>two squares"
+    )
 
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 75), (75, 101), (32, 64), (641, 90)])
