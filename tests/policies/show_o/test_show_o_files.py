@@ -223,6 +223,31 @@ def test_a_missing_tokenizer_and_a_wrong_table_are_refused(copy):
     assert "hf download showlab/magvitv2 --local-dir" in problems_of(copy)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "showo.model.embed_tokens.weight", "showo.model.layers.0.self_attn.q_layernorm.weight",
+        "showo.model.layers.1.input_layernorm.weight", "magvitv2/encoder.conv_out.weight",
+        "magvitv2/encoder.down.0.block.0.conv1.weight",
+        "magvitv2/decoder.up.2.block.1.conv1.weight",
+    ],
+)  # fmt: skip
+def test_a_missing_tensor_is_named_where_sizes_come_from_it(copy, name):
+    key = name.removeprefix("magvitv2/")
+    file = copy / f"{name.removesuffix(key)}pytorch_model.safetensors"
+    tensors = load_file(file)
+    shape = list(tensors.pop(key).shape)
+    save_file(tensors, file)
+    assert problems_of(copy) == f"{copy}: {name} is missing, expected with shape {shape}"
+
+
+def test_a_tensor_of_a_far_layer_is_unknown(copy):
+    file = copy / "pytorch_model.safetensors"
+    name = "showo.model.layers.9999.mlp.fc1.bias"
+    save_file(load_file(file) | {name: np.zeros(2, np.float32)}, file)
+    assert f"{name} is unknown" in problems_of(copy)
+
+
 def test_the_hash_of_a_model_is_of_all_its_parts(copy, tmp_path):
     first = hash_weights(copy, KIND)
     file = copy / "magvitv2/pytorch_model.safetensors"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from corl_jax.weights.storage import read_json
 from corl_jax.weights.table import Shape
 
 CLASS_NAME = "Showo"
-_EMBEDDING = "showo.model.embed_tokens.weight"
+_VOCABULARIES = ("showo.model.embed_tokens.weight", "showo.lm_head.weight")
 _LAYER = "showo.model.layers.{}."
 _GROUPS = 32  # of the tokenizer's norms
+MAX_BITS = 20  # of an image code
 
 
 def parse(
@@ -43,14 +45,16 @@ def parse(
         )
         return ShowOConfig()
     fields = Fields(str(file), read_json(file), problems)
-    magvit, phi = _infer_magvit(shapes), _infer_phi(shapes)
+    stated = fields.size("codebook_size", MagvitConfig().num_codes, limit=2**MAX_BITS)
+    magvit, phi = _infer_magvit(shapes, stated), _infer_phi(shapes)
     phi = _read_phi_settings(folder, phi, problems)
     codes = magvit.num_codes
     fields.equal("codebook_size", codes)
-    if _EMBEDDING in shapes:  # else the missing tensor is the problem
+    if any(key in shapes for key in _VOCABULARIES):  # else the missing tensors are the problem
         fields.equal("vocab_size", phi.vocab_size)
         fields.equal("mask_token_id", phi.vocab_size - 1)
-    has_projector = "mm_projector.0.weight" in shapes
+    projector = ["mm_projector.0.weight"]
+    has_projector = projector[0] in shapes
     w_clip_vit = fields.data["w_clip_vit"] if fields.has("w_clip_vit") else has_projector
     if not isinstance(w_clip_vit, bool):
         problems.add(f"{file}: w_clip_vit is {w_clip_vit!r}, expected true or false")
@@ -67,8 +71,8 @@ def parse(
             "llm_vocab_size", max(1, phi.vocab_size - NUM_NEW_TOKENS - codes - 1)
         ),
         w_clip_vit=bool(w_clip_vit),
-        clip_width=_get_size(shapes, "mm_projector.0.weight", 1, ShowOConfig.clip_width),
-        projector_width=_get_size(shapes, "mm_projector.0.weight", 0, ShowOConfig.projector_width),
+        clip_width=_get_size(shapes, projector, 1, ShowOConfig.clip_width),
+        projector_width=_get_size(shapes, projector, 0, ShowOConfig.projector_width),
         clip=_read_clip(folder, shapes, problems),
     )
 
@@ -104,8 +108,10 @@ def check(config: ShowOConfig, where: str) -> list[str]:
     )
     if config.clip is not None:
         problems += _check_clip(config, config.clip, where)
-    if magvit.z_channels > 20:
-        problems.append(f"{where}: z_channels is {magvit.z_channels}, expected at most 20 bits")
+    if magvit.z_channels > MAX_BITS:
+        problems.append(
+            f"{where}: z_channels is {magvit.z_channels}, expected at most {MAX_BITS} bits"
+        )
     return problems
 
 
@@ -166,46 +172,54 @@ def _read_clip(
 
 
 def _infer_phi(shapes: Mapping[str, Shape]) -> PhiConfig:
-    """Returns the sizes that the tensors show; a tensor that is missing leaves the default."""
-    usual, first = PhiConfig(), _LAYER.format(0)
-    width = _get_size(shapes, _EMBEDDING, 1, usual.hidden_size)
-    head_dim = _get_size(shapes, f"{first}self_attn.q_layernorm.weight", 0, usual.head_dim)
-    queries = _get_size(shapes, f"{first}self_attn.q_proj.weight", 0, usual.num_heads * head_dim)
-    keys = _get_size(shapes, f"{first}self_attn.k_proj.weight", 0, queries)
+    """Returns the sizes that the tensors show; a size that none shows has the default."""
+    usual, layers = PhiConfig(), _count(shapes, _LAYER)
+
+    def get_size(name: str, axis: int, default: int) -> int:
+        # Of any layer: the file may lack a tensor, which is then named as missing.
+        keys = [f"{_LAYER.format(layer)}{name}" for layer in range(layers)]
+        return _get_size(shapes, keys, axis, default)
+
+    head_dim = get_size("self_attn.q_layernorm.weight", 0, usual.head_dim)
+    queries = get_size("self_attn.q_proj.weight", 0, usual.num_heads * head_dim)
+    keys = get_size("self_attn.k_proj.weight", 0, queries)
     return dataclasses.replace(
         usual,
-        vocab_size=_get_size(shapes, _EMBEDDING, 0, usual.vocab_size),
-        hidden_size=width,
-        intermediate_size=_get_size(shapes, f"{first}mlp.fc1.weight", 0, usual.intermediate_size),
-        num_layers=_count(shapes, _LAYER + "input_layernorm.weight") or usual.num_layers,
+        vocab_size=_get_size(shapes, _VOCABULARIES, 0, usual.vocab_size),
+        hidden_size=_get_size(shapes, _VOCABULARIES, 1, usual.hidden_size),
+        intermediate_size=get_size("mlp.fc1.weight", 0, usual.intermediate_size),
+        num_layers=layers or usual.num_layers,
         num_heads=max(1, queries // head_dim),
         num_kv_heads=max(1, keys // head_dim),
         head_dim=head_dim,
     )
 
 
-def _infer_magvit(shapes: Mapping[str, Shape]) -> MagvitConfig:
-    usual = MagvitConfig()
+def _infer_magvit(shapes: Mapping[str, Shape], num_codes: int) -> MagvitConfig:
+    """Returns the sizes that the tensors show; `num_codes` counts if none shows another number."""
+    usual = MagvitConfig(z_channels=num_codes.bit_length() - 1)
     levels = {"encoder": "down", "decoder": "up"}
     values: dict[str, Any] = {}
     for half, name in levels.items():
-        level = f"{MAGVIT}{half}.{name}.{{}}.block."
-        count = _count(shapes, level + "0.conv1.weight")
-        if not count:
+        level = f"{MAGVIT}{half}.{name}.{{}}."
+        places = [level.format(i) + "block.{}." for i in range(_count(shapes, level))]
+        if not places:
             return usual
-        numbers = range(count)
+        counts = [_count(shapes, place) for place in places]
+        values[f"{half}_blocks"] = tuple(counts)
         values[f"{half}_channels"] = tuple(
-            _get_size(shapes, level.format(i) + "0.conv1.weight", 0, _GROUPS) for i in numbers
+            _get_size(
+                shapes,
+                [f"{place.format(i)}conv{n}.weight" for i in range(count) for n in (1, 2)],
+                0,
+                _GROUPS,
+            )
+            for place, count in zip(places, counts, strict=True)
         )
-        values[f"{half}_blocks"] = tuple(
-            _count(shapes, level.format(i) + "{}.conv1.weight") for i in numbers
-        )
-    convolutions = {
-        "z_channels": "encoder.conv_out.weight",
-        "base_channels": "encoder.conv_in.weight",
-    }
-    for size, key in convolutions.items():
-        values[size] = _get_size(shapes, MAGVIT + key, 0, getattr(usual, size))
+    bits = [f"{MAGVIT}encoder.{name}.weight" for name in ("conv_out", "quant_conv")]
+    values["z_channels"] = _get_size(shapes, bits, 0, usual.z_channels)
+    first = [f"{MAGVIT}encoder.conv_in.weight"]
+    values["base_channels"] = _get_size(shapes, first, 0, usual.base_channels)
     return MagvitConfig(**values)
 
 
@@ -234,13 +248,17 @@ def _read_phi_settings(folder: Path, phi: PhiConfig, problems: Problems) -> PhiC
     )
 
 
-def _get_size(shapes: Mapping[str, Shape], key: str, axis: int, default: int) -> int:
-    """Returns a positive size of a tensor; the default without the tensor or the axis."""
-    shape = shapes.get(key, ())
-    return shape[axis] if axis < len(shape) and shape[axis] > 0 else default
+def _get_size(shapes: Mapping[str, Shape], keys: Sequence[str], axis: int, default: int) -> int:
+    """Returns a size of the first of the tensors that has it, a positive number."""
+    sizes = (shapes[key][axis] for key in keys if axis < len(shapes.get(key, ())))
+    return next((size for size in sizes if size > 0), default)
 
 
 def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
-    """Returns how many tensors the pattern names with the numbers 0, 1, .. in it."""
-    numbers = range(MAX_LAYERS)
-    return next((n for n in numbers if pattern.format(n) not in shapes), MAX_LAYERS)
+    """Returns how many parts the tensors' names number, with those that miss a tensor or all."""
+    before, behind = map(re.escape, pattern.split("{}"))
+    place = re.compile(rf"{before}(0|[1-9][0-9]*){behind}")
+    numbers = {match[1] for match in map(place.match, shapes) if match}
+    # A number far from the others is that of an unknown tensor.
+    most = min(2 * len(numbers), MAX_LAYERS)
+    return max((n for n in range(1, most + 1) if str(n - 1) in numbers), default=0)
