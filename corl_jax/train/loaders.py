@@ -80,7 +80,7 @@ def make_loaders(
         "max_prompt_length": data.max_prompt_length,
         "max_bad_fraction": data.max_bad_fraction,
         "cache_rows": data.cache_rows,
-        "readable": make_column_checks(config, stage, rewards),
+        "readable": make_column_checks(config, stage, processor, rewards),
         "process_index": shard[0],
         "process_count": shard[1],
     }
@@ -112,16 +112,39 @@ def count_steps(config: Config, loader: Loader) -> int:
 
 
 def make_column_checks(
-    config: Config, stage: Stage, rewards: Sequence[registry.BoundReward]
+    config: Config, stage: Stage, processor: Any, rewards: Sequence[registry.BoundReward]
 ) -> dict[str, FindProblem]:
     """Returns a check of each column that the stage and the built-in rewards read.
 
     Images are checked elsewhere, and a user's reward may read any value.
     """
-    read = set(stage.target_columns(config))
+    targets = set(stage.target_columns(config))
+    read, said = {*targets}, targets if processor is not None else set()
     for reward in rewards:
         if reward.name in registry.REGISTRY:
             row = reward.row
-            read |= {*row.columns, *row.either, *row.optional}
-    names = sorted(read - {IMAGE_COLUMN})
-    return {name: functools.partial(find_value_problem, name) for name in names}
+            columns = {*row.columns, *row.either, *row.optional}
+            read |= columns
+            # These two read texts with the tokenizer of the run.
+            if not {"policy", "initial"}.isdisjoint(reward.scorers):
+                said |= columns
+    return {
+        name: functools.partial(_find_text_problem, processor, name)
+        if name in said
+        else functools.partial(find_value_problem, name)
+        for name in sorted(read - {IMAGE_COLUMN})
+    }
+
+
+def _find_text_problem(
+    processor: Any, name: str, value: Any, columns: Mapping[str, Any]
+) -> str | None:
+    """Returns the problem of a value that a model is to say or to read, or None."""
+    if problem := find_value_problem(name, value, columns):
+        return problem
+    try:
+        # Here and not in the step that needs it, where a text that cannot be used ends the run.
+        processor.answer_ids(value if isinstance(value, str) else "")
+    except InputError as error:
+        return "; ".join(error.problems)
+    return None

@@ -13,8 +13,10 @@ from corl_jax.config import files as config_files
 from corl_jax.plan import __main__ as plan
 from corl_jax.policies import load_policy
 from corl_jax.train import __main__ as command
+from corl_jax.train import resolve
 from corl_jax.weights.checkpoint import detect_layout
 from tests.support import tiny_runs, tiny_show_o
+from tests.support.tiny_models import tiny_parquet, tiny_row
 
 DIFFERENCE = "sampling/sampling_logp_difference/max"
 
@@ -128,6 +130,24 @@ def test_supervised_stages_hide_codes_of_given_images(model, rows, tmp_path, one
         kinds = {"t2i": 1.0, "mm2t": 1.0, "caption": 1.0, "plain_text": 0.1}
         parts = [weight * lines[0][f"{kind}/nll"] for kind, weight in kinds.items()]
         assert lines[0]["loss"] == pytest.approx(sum(parts), rel=1e-4)
+
+
+@pytest.mark.parametrize("column", ["sft_answer", "caption", "qa_solution"])
+def test_a_target_with_a_control_token_is_a_bad_row(model, tmp_path, column):
+    """The step that needs it would end the run, without the row's number."""
+    good = {"sft_answer": "<answer>two</answer>", "caption": "a red circle"}
+    rows = [tiny_row(i) | good for i in range(8)]
+    rows[5][column] = "a <|soi|> b"
+    changes = {"stage": "sft", "rewards": []}
+    if column == "qa_solution":  # of a reward that scores it under the policy
+        changes = {"rewards": [{"name": "answer_logprob"}], "algorithm": {"tasks": "t2i"}}
+    tree = tiny_runs.options(
+        model, tiny_parquet(tmp_path / "rows.parquet", rows), tmp_path / "run",
+        train={"prompts_per_step": 8}, data={"max_bad_fraction": 0.5}, **changes,
+    )  # fmt: skip
+    loader = resolve.resolve_run(config_files.validate(tree, "test")).train_loader
+    loader.batch(0)
+    assert loader.counts == {"bad": 1, "long": 0}
 
 
 def test_the_stage_of_the_image_tokenizer_trains_it_alone(model, rows, tmp_path, one_device):
