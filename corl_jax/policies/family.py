@@ -7,7 +7,7 @@ modules and never compares its name. docs/how_to/add_a_policy.md builds a small 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -312,6 +312,9 @@ class Family:
     # on the device. Without it, rewards let `encode` make them on the host, which takes longer.
     normalise_pixels: Callable[[Any, jax.Array], jax.Array] | None = None
     inpainting: Inpainting | None = None
+    # (images of Pillow, side) -> float32 [N, side, side, 3] in [-1, 1], for `encode_images`; None:
+    # given images are cut by `data.images.fit_pixels`
+    fit_pixels: Callable[[Sequence[Any], int], np.ndarray] | None = None
     # sizes -> how images are normalised, for compiling without a processor
     stand_in_image: Callable[[Sizes], Any] = lambda sizes: None
     # what a model of these sizes lacks for a task that others of the family can do

@@ -1,13 +1,27 @@
-"""Turns the images of questions into codes once, before the passes that score their answers."""
+"""Prepares given images for the image tokenizer, and turns those of questions into codes.
+
+The images of questions have codes once, before the passes that score their answers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+import numpy as np
+from PIL.Image import Image
+
+from corl_jax.data import images as data_images
 from corl_jax.policies.family import Family
 from corl_jax.train.run import Run
 from corl_jax.train.step import Batch, TaskBatch
 from corl_jax.types import Array, Params, Sizes
+
+
+def fit_pixels(run: Run, images: Sequence[Image]) -> np.ndarray:
+    """Returns given images as the family codes them, float32 [N, S, S, 3] in [-1, 1]."""
+    fit = run.family.fit_pixels or data_images.fit_pixels
+    return fit(images, run.image_side)
 
 
 def reads_codes(family: Family, sizes: Sizes) -> bool:

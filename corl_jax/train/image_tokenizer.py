@@ -10,10 +10,10 @@ import jax
 import optax
 
 from corl_jax.data.columns import IMAGE_COLUMN
-from corl_jax.data.images import fit_pixels
 from corl_jax.metrics import to_metrics
 from corl_jax.params import merge
 from corl_jax.policies.family import Family
+from corl_jax.train.image_codes import fit_pixels
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import TrainState, apply_gradients
 from corl_jax.types import Params, Prompts, Sizes
@@ -22,7 +22,7 @@ from corl_jax.types import Params, Prompts, Sizes
 def tokenizer_iteration(run: Run, state: TrainState, prompts: Prompts, step: int):
     """Returns (next state, Iteration) of one batch of images."""
     with run.phases("data"):
-        pixels = put_batch(run, fit_pixels(prompts.columns[IMAGE_COLUMN], run.image_side))
+        pixels = put_batch(run, fit_pixels(run, prompts.columns[IMAGE_COLUMN]))
     with run.phases("update"):
         state, metrics = run.train_step(state, run.frozen, pixels)
     return state, Iteration(metrics, {}, {}, [metrics])

@@ -21,13 +21,12 @@ from corl_jax.config.schema import Config
 from corl_jax.config.stages import STAGE_FACTS
 from corl_jax.data import instructions
 from corl_jax.data.columns import ANSWER_COLUMN, IMAGE_COLUMN
-from corl_jax.data.images import fit_pixels
 from corl_jax.devices.processes import all_max
 from corl_jax.params import merge
 from corl_jax.policies.choices import sample_keys
 from corl_jax.policies.family import NOISE_KEYS, PIXELS
 from corl_jax.tasks import CODES, LATENTS, TASKS, TEXT, image_tasks, text_tasks
-from corl_jax.train.image_codes import read_images
+from corl_jax.train.image_codes import fit_pixels, read_images
 from corl_jax.train.run import Iteration, Run, put_batch
 from corl_jax.train.step import Batch, TaskBatch, TrainState
 from corl_jax.types import Array, EncodedPrompts, Prompts, Segment
@@ -95,7 +94,7 @@ def make_supervised_batch(run: Run, prompts: Prompts, step: int) -> Batch:
             draws = np.random.default_rng([run.seed, step, step * total]).random(total)
             dropped = draws[prompts.index - step * total] < CFG_DROPOUT
             encoded = blank_prompts(run, prompts.encoded[task], dropped)
-            pixels = fit_pixels(columns[IMAGE_COLUMN], run.image_side)
+            pixels = fit_pixels(run, columns[IMAGE_COLUMN])
             # The codes come later, from the devices; this mask only has the right number of rows.
             segment = Segment(CODES, pixels, np.ones(len(prompts), bool))
             batch[task] = TaskBatch(encoded, (segment,))

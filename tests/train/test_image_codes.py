@@ -1,4 +1,4 @@
-"""Images of questions become codes once, before the passes that score their answers."""
+"""Given images are cut as the family does; those of questions become codes once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from corl_jax.data import images
 from corl_jax.policies import FAMILIES
 from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.show_o import network
 from corl_jax.policies.show_o.logprobs import score_answers
+from corl_jax.policies.show_o.prompts import ImageSettings, preprocess_image
 from corl_jax.policies.show_o.reading import fill_codes
 from corl_jax.tasks import TEXT
-from corl_jax.train.image_codes import read_images, reads_codes
+from corl_jax.train.image_codes import fit_pixels, read_images, reads_codes
 from corl_jax.train.step import TaskBatch
 from corl_jax.types import EncodedPrompts, Segment
+from tests.support.tiny_models import tiny_image
 from tests.support.tiny_show_o import CONFIG, SPECIAL, make_params
 
 ROWS = 3
@@ -84,6 +87,17 @@ def test_questions_and_captions_read_the_same_codes_and_score_the_same(params):
 def test_a_family_with_an_image_network_of_its_own_keeps_the_pixels(params):
     batch = make_batch()
     assert read_images(make_run(FAMILIES["janus"]), params, batch) is batch
+
+
+@pytest.mark.parametrize("size", [(16, 16), (37, 50), (90, 33), (41, 40)])
+def test_an_image_to_draw_has_the_codes_of_the_same_image_in_a_question(size):
+    """The original cuts both in one way; see `prompts.cut_square`."""
+    family, image = FAMILIES["show_o"], tiny_image(0, size)
+    run: Any = types.SimpleNamespace(family=family, image_side=16)
+    pixels = fit_pixels(run, [image, image])
+    np.testing.assert_array_equal(pixels, [preprocess_image(image, ImageSettings(16, 16))] * 2)
+    run = types.SimpleNamespace(family=FAMILIES["janus"], image_side=16)
+    np.testing.assert_array_equal(fit_pixels(run, [image]), images.fit_pixels([image], 16))
 
 
 def test_models_that_read_pixels_have_no_codes_in_their_questions():

@@ -159,5 +159,6 @@ FAMILY = Family(
     normalise_pixels=_normalise_pixels,
     stand_in_image=describe_image,
     find_size_lack=find_size_lack,
+    fit_pixels=prompts.fit_pixels,
     inpainting=Inpainting(inpainting.cut_given_image, inpainting.bind_given_image),
 )  # fmt: skip

@@ -226,8 +226,8 @@ class Processor:
         def decode_run(tokens: Iterable[int], is_control: bool) -> str:
             if is_control:
                 return "".join(CONTROLS[token - first] for token in tokens)
-            kept = [token for token in tokens if token < self.special.pad]
-            return self.tokenizer.decode(kept, skip_special_tokens=True)
+            words = [token for token in tokens if token < self.special.pad]
+            return self.tokenizer.decode(words, skip_special_tokens=True)
 
         # By our names, because the file of the tokenizer may lack them.
         runs = itertools.groupby(
@@ -247,6 +247,12 @@ def preprocess_image(image: Image.Image, settings: ImageSettings) -> np.ndarray:
     """Returns the normalised centre of an image, float32 [side, side, 3]."""
     cut_down = settings.clip is not None
     return normalise_pixels(cut_square(image.convert("RGB"), settings.side, cut_down), settings)
+
+
+def fit_pixels(images: Sequence[Image.Image], side: int) -> np.ndarray:
+    """Returns the normalised centres of images for their codes, float32 [N, side, side, 3]."""
+    squares = [cut_square(image.convert("RGB"), side) for image in images]
+    return normalise_pixels(np.stack(squares), ImageSettings(side, num_tokens=0))
 
 
 def cut_square(image: Image.Image, side: int, cut_down: bool = False) -> np.ndarray:
