@@ -12,10 +12,10 @@ from typing import Any
 
 from corl_jax.errors import InputError, Problems
 from corl_jax.evaluation.comparison import ComparedScore, compare_units, format_comparison
-from corl_jax.evaluation.units import REPORT_FILE, read_units
+from corl_jax.evaluation.units import REPORT_FILE, read_category_weights, read_units
 from corl_jax.input_files import read_text
 
-SUITE, WEIGHTS = "suite", "category_weights"
+SUITE = "suite"
 # With other values of these the pairs would not be pairs: other noise, rows or rules of the score.
 SHARED_SETTINGS = (
     SUITE, "seed", "prompts_sha256", "world", "images_per_prompt", "prompt_style", "matcher",
@@ -33,7 +33,7 @@ def run_compare(args: argparse.Namespace) -> None:
     first, second = (report["settings"] for report in reports if report is not None)
     problems.add(find_setting_problems(first, second))
     problems.raise_any()
-    weights = reports[0][WEIGHTS] if reports[0] and WEIGHTS in reports[0] else None
+    weights = read_category_weights(reports[0] or {}, args.first / REPORT_FILE)
     rows = compare_units(units[0] or [], units[1] or [], args.draws, args.seed, weights)
     differing = find_other_differences(first, second)
     if args.json:

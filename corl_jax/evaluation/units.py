@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from corl_jax.errors import InputError, Problems
+from corl_jax.input_files import LONE_SURROGATE, has_lone_surrogate
 
 SCORES_FILE = "scores.jsonl"
 REPORT_FILE = "report.json"
-"""Beside it, with `settings`, and `category_weights` if the suite's overall score has weights."""
+"""Beside it, with `settings`, and CATEGORY_WEIGHTS if the suite's overall score has weights."""
+CATEGORY_WEIGHTS = "category_weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,8 @@ def read_units(folder: Path) -> list[Unit]:
         names.add(unit.name)
     if lines == [""]:
         problems.add(f"{path}: is empty; expected a line for each unit")
+    if not problems and not any(unit.values for unit in units):
+        problems.add(f"{path}: no unit has a score; expected values of one metric or more")
     problems.raise_any()
     return units
 
@@ -73,6 +79,31 @@ def _parse_unit(line: str) -> Unit:
             str(row["category"]),
             {str(name): float(value) for name, value in row["values"].items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if any(map(has_lone_surrogate, (unit.name, unit.category, *unit.values))):
+            raise ValueError(LONE_SURROGATE)
+    except (
+        ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
         raise InputError(f"found {line[:80]!r}; {expected}") from error
     return unit
+
+
+def read_category_weights(report: Mapping[str, Any], path: Path) -> dict[str, float] | None:
+    """Returns category -> weight of a report; None if its overall score has no weights.
+
+    Raises: InputError for anything else than finite numbers.
+    """
+    weights = report.get(CATEGORY_WEIGHTS)
+    if weights is None:
+        return None
+    if not isinstance(weights, dict) or not all(map(_is_finite_number, weights.values())):
+        raise InputError(
+            f"{path}: {CATEGORY_WEIGHTS} is {str(weights)[:80]}; expected an object with a number "
+            "for each category; evaluate again"
+        )
+    return weights
+
+
+def _is_finite_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max

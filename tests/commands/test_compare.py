@@ -133,3 +133,29 @@ def test_prompts_with_any_characters_are_read_again(tmp_path):
     (tmp_path / "a" / "scores.jsonl").write_text("")
     with pytest.raises(InputError, match="is empty"):
         read_units(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"unit": "a", "category": "c", "values": {"m": 1%s}}' % ("0" * 400),
+        "[" * 100_000,
+        r'{"unit": "\ud800", "category": "c", "values": {"m": 1}}',
+        '{"unit": "a", "category": "c", "values": {}}',
+    ],
+    ids=("a number beyond floats", "nested deeply", "half of a character", "no scores"),
+)
+def test_a_hostile_line_is_refused_with_its_file(capsys, tmp_path, line):
+    folder = write_folder(tmp_path / "a", make_units([0, 1]))
+    (folder / "scores.jsonl").write_text(line + "\n")
+    assert "a/scores.jsonl" in refuse(capsys, folder, folder)
+
+
+@pytest.mark.parametrize(
+    "weights", ["x", [1], {"colors": "x"}, {"colors": None}, {"colors": 1e999}]
+)
+def test_category_weights_are_numbers(capsys, tmp_path, weights):
+    folder = write_folder(tmp_path / "a", make_units([0, 1]))
+    report = json.loads((folder / "report.json").read_text()) | {"category_weights": weights}
+    (folder / "report.json").write_text(json.dumps(report))
+    assert "a/report.json: category_weights is " in refuse(capsys, folder, folder)
