@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -73,6 +73,20 @@ def check_output_folder(out: Path, option: str = "", *, overwrite: bool = False)
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{place}: {parent} cannot be written to; name another place")
+
+
+def check_not_read(out: Path, folders: Iterable[Path], option: str = "") -> None:
+    """Checks that a folder that replaces `out` replaces none of the folders that are read.
+
+    Raises: InputError if `out` is one of them or holds one.
+    """
+    for folder in folders if out.exists() else ():
+        relation = "is" if out.samefile(folder) else "holds"
+        if relation == "is" or out.resolve() in folder.resolve().parents:
+            raise InputError(
+                f"{f'{option} {out}'.lstrip()}: {relation} a model to read, or a part of it "
+                f"({folder}); name another folder"
+            )
 
 
 def _move_folder(temporary: Path, out: Path) -> None:

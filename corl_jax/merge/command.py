@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from corl_jax.atomic_files import check_output_folder, create_folder
+from corl_jax.atomic_files import check_not_read, check_output_folder, create_folder
 from corl_jax.console import show_progress
 from corl_jax.errors import InputError, shorten
 from corl_jax.merge.inputs import MergeInputs, open_inputs
@@ -20,6 +20,7 @@ from corl_jax.params import flatten, partition
 from corl_jax.weights.dtypes import parse_dtype
 from corl_jax.weights.export import check_export
 from corl_jax.weights.export_folder import Export, write_export
+from corl_jax.weights.parts import list_read_folders
 from corl_jax.weights.shards import write_json
 
 
@@ -58,8 +59,7 @@ def run_merge(args: argparse.Namespace) -> None:
 def _check_place(args: argparse.Namespace, inputs: MergeInputs) -> None:
     """Refuses to replace an input by the output."""
     for folder in (inputs.base.folder, *(model.folder for model in inputs.models)):
-        if args.out.exists() and args.out.samefile(folder):
-            raise InputError(f"--out {args.out}: is a model to read; name another folder")
+        check_not_read(args.out, list_read_folders(folder, inputs.base.kind), "--out")
 
 
 def _find_movable(inputs: MergeInputs, params: str | None) -> set[str]:

@@ -57,7 +57,9 @@ def open_inputs(base: str, models: Sequence[str], stack: contextlib.ExitStack) -
     for place in models:
         with problems.collect():
             entries.append(_open_model(place, opened, stack, notes))
-            problems.add(_find_token_problems(folder, entries[-1].folder, notes))
+            find_tokenizer = family.kind.find_tokenizer
+            of_base, of_model = find_tokenizer(folder), find_tokenizer(entries[-1].folder)
+            problems.add(_find_token_problems(of_base, of_model, notes))
     problems.raise_any()
     if len({entry.folder.resolve() for entry in entries}) < len(entries):
         notes.append("--models names one folder several times")
@@ -106,7 +108,10 @@ def _open_like(folder: Path, base: Checkpoint, stack: contextlib.ExitStack) -> C
 
 
 def _find_token_problems(base: Path, model: Path, notes: list[str]) -> list[str]:
-    """Returns a problem if a model's tokenizer is another one than that of the base."""
+    """Returns a problem if a model's tokenizer is another one than that of the base.
+
+    `base` and `model` are the folders of the tokenizers.
+    """
     if not (model / TOKENIZER).is_file() or not (base / TOKENIZER).is_file():
         if (model / TOKENIZER).is_file():
             notes.append(f"{base}: has no {TOKENIZER}; the tokenizers are not compared")
@@ -122,16 +127,22 @@ def _find_token_problems(base: Path, model: Path, notes: list[str]) -> list[str]
 
 
 def _read_tokens(file: Path) -> dict[str, Any]:
-    """Returns the parts of a tokenizer.json that decide the ids of a text."""
+    """Returns the parts of a tokenizer.json that decide the ids of a text. Raises: InputError."""
     # Not the whole file: layouts place the BOS in different parts of it, and versions of the
     # library add settings or write a merge as "a b" or ["a", "b"].
     data = read_json(file)
     model = data.get("model")
     model = model if isinstance(model, dict) else {}
-    merges = model.get("merges") or []
-    added = [token for token in data.get("added_tokens") or [] if isinstance(token, dict)]
-    return {
-        "vocabulary": model.get("vocab"),
-        "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in merges],
-        "added tokens": {str(token.get("content")): token.get("id") for token in added},
-    }
+    try:
+        merges = model.get("merges") or []
+        added = [token for token in data.get("added_tokens") or [] if isinstance(token, dict)]
+        return {
+            "vocabulary": model.get("vocab"),
+            "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in merges],
+            "added tokens": {str(token.get("content")): token.get("id") for token in added},
+        }
+    except TypeError as error:
+        raise InputError(
+            f"{file}: not a usable tokenizer.json ({error}); expected lists of merges and of "
+            "added_tokens; copy it again"
+        ) from error

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from corl_jax.atomic_files import create_folder
+from corl_jax.atomic_files import check_not_read, create_folder
 from corl_jax.errors import InputError, Problems
 from corl_jax.params import flatten
 from corl_jax.types import Params
@@ -22,6 +22,7 @@ from corl_jax.weights.export_folder import (
 )
 from corl_jax.weights.hub import resolve_model_dir
 from corl_jax.weights.kinds import OWN_LAYOUT, NetworkKind
+from corl_jax.weights.parts import list_read_folders
 from corl_jax.weights.shards import DEFAULT_SHARD_BYTES, ExtraFiles, Progress
 from corl_jax.weights.sources import MemoryLeaves
 
@@ -113,6 +114,7 @@ def convert(
             max_shard_bytes=max_shard_bytes,
             as_bin=as_bin,
         )
+        check_not_read(Path(out), list_read_folders(Path(source), kind))
         return _write(Path(out), export, base, overwrite, progress)
 
 
@@ -195,6 +197,7 @@ def _write(
     try:
         if checkpoint:
             _check_base(checkpoint, export.config)
+            check_not_read(out, list_read_folders(checkpoint.folder, export.kind))
             export = dataclasses.replace(export, carried=checkpoint.carried)
         with create_folder(out, overwrite=overwrite) as folder:
             return write_export(folder, export, progress)

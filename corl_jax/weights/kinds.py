@@ -131,6 +131,8 @@ class NetworkKind:
     note_assumptions: Callable[[Path, Any], list[str]] = lambda folder, config: []
     rules: Rules = ()
     files: tuple[str, ...] = TOKENIZER_FILES  # copied with the weights
+    # folder of a model -> the folder of its tokenizer, which may be one beside it
+    find_tokenizer: Callable[[Path], Path] = lambda folder: folder
     own_format: OwnFormat = OwnFormat()
     foreign_export: ForeignExport | None = None
     # (problems, layout, config.json) -> the problems with what to do about some of them

@@ -26,6 +26,13 @@ def find_companion(folder: Path, *names: str) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
+def list_read_folders(folder: Path, kind: NetworkKind) -> list[Path]:
+    """Returns the folders that a model is read from: its own, its parts' and its tokenizer's."""
+    names = [name for part in kind.parts or () for name in (part.folder, *part.other_folders)]
+    places = [find_companion(folder, name) for name in names if name]
+    return [folder, *filter(None, places), kind.find_tokenizer(folder)]
+
+
 def describe_missing(place: Path, hub_id: str, files: Sequence[str] = ()) -> str:
     """Describes a companion folder that is missing, with the command that downloads it.
 

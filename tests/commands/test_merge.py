@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import corl_jax
-from corl_jax.assets import SHIPPED
+from corl_jax.assets import NANO_SHOW_O, SHIPPED
 from corl_jax.convert.__main__ import run as convert
 from corl_jax.merge import rules
 from corl_jax.merge.__main__ import main
@@ -610,6 +611,7 @@ def test_arguments_are_checked_before_any_file_is_read(folders, tmp_path, capsys
     refuse(capsys, base, [a, b], out, "layout 'hf': a janus network is", ["--layout", "hf"])
     refuse(capsys, base, [a, b], base, "holds files")
     refuse(capsys, base, [a, b], base, "is a model to read", ["--overwrite"])
+    refuse(capsys, base, [a, b], folders, "holds a model to read", ["--overwrite"])
     assert read_state(base).keys()
 
 
@@ -689,3 +691,37 @@ def test_a_merged_model_loads(tmp_path):
     for path, leaf in flat.items():
         same = np.array_equal(leaf, np.asarray(old[path], np.float32))
         assert same != path.startswith("language_model/"), path
+
+
+# ---- a Show-o, whose tokenizer and image tokenizer have folders of their own
+
+
+@pytest.fixture
+def show_o(tmp_path):
+    """Returns the folder of a Show-o and that of an equal one."""
+    return [shutil.copytree(NANO_SHOW_O, tmp_path / name) for name in "ab"]
+
+
+def test_the_tokenizer_of_a_show_o_is_compared(show_o, tmp_path, capsys):
+    base, other = show_o
+    file, out = other / "phi-1_5" / "tokenizer.json", tmp_path / "out"
+    tokenizer = json.loads(file.read_text())
+    file.write_text(json.dumps(tokenizer | {"added_tokens": tokenizer["added_tokens"][1:]}))
+    refuse(capsys, base, [other, base], out, "b/phi-1_5/tokenizer.json: its added tokens differ")
+    for key, value in (("added_tokens", 3), ("model", {"merges": 3}), ("model", {"merges": [1]})):
+        file.write_text(json.dumps(tokenizer | {key: value}))
+        refuse(capsys, base, [other, base], out, "not a usable tokenizer.json")
+
+
+def test_no_part_of_a_model_is_replaced(show_o, tmp_path, capsys):
+    base, other = show_o
+    for part in ("magvitv2", "phi-1_5"):
+        out = other / part
+        refuse(capsys, base, [other, base], out, "or a part of it", ["--overwrite"])
+        with pytest.raises(SystemExit):
+            convert(["to-jax", str(other), str(out), "--overwrite"])
+        assert "or a part of it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        convert(["to-jax", str(other), str(tmp_path), "--overwrite"])
+    assert "holds a model to read" in capsys.readouterr().err
+    assert convert(["verify", str(base), str(other)]) == 0

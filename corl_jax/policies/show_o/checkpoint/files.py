@@ -58,13 +58,18 @@ def find_tokenizer(folder: Path) -> Path:
 
     Raises: InputError with the command that downloads it.
     """
-    places = [place for place in (find_phi(folder), folder) if place is not None]
-    for place in places:
-        if (place / "tokenizer.json").is_file():
-            return place
+    place = locate_tokenizer(folder)
+    if (place / "tokenizer.json").is_file():
+        return place
     # By name: its weights are not needed, and versions of hf read several patterns differently.
     names = (*TOKENIZER_FILES, "config.json")
     raise InputError(describe_missing(folder / PHI, PHI_HUB_ID, names))
+
+
+def locate_tokenizer(folder: Path) -> Path:
+    """Returns the folder of the tokenizer files as `find_tokenizer`; `folder` if there are none."""
+    phi = find_phi(folder)
+    return phi if phi is not None and (phi / "tokenizer.json").is_file() else folder
 
 
 def note_assumptions(folder: Path, config: ShowOConfig) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from corl_jax.policies.show_o.checkpoint import sizes
 from corl_jax.policies.show_o.checkpoint.files import (
     TOKENIZER_FILES,
+    locate_tokenizer,
     note_assumptions,
     write_assets,
 )
@@ -28,6 +29,7 @@ KIND = NetworkKind(
     note_assumptions=note_assumptions,
     rules=RULES,
     files=TOKENIZER_FILES,
+    find_tokenizer=locate_tokenizer,
     foreign_export=ForeignExport(
         check=sizes.check_expressible,
         write_config=sizes.write_config,
