@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
 from corl_jax.errors import InputError, Problems
-from corl_jax.sampling_options import HARMLESS, LARGEST, find_temperature_problems, is_number
+from corl_jax.sampling_options import (
+    HARMLESS,
+    LARGEST,
+    MAX_IMAGE_STEPS,
+    find_temperature_problems,
+    is_number,
+)
 from corl_jax.tasks import IMAGE_GENERATION, IMAGE_UNDERSTANDING, PLANNED_GENERATION, Task
 
 if TYPE_CHECKING:
@@ -94,7 +100,8 @@ def check_image_options(
     """Adds problems of the options of images."""
     check_options(options, spell, problems)
     problems.add(check_number(spell("cfg_scale"), options.cfg_scale, 0))
-    problems.add(check_number(spell("image_steps"), options.image_steps, 1, whole=True))
+    steps = options.image_steps
+    problems.add(check_number(spell("image_steps"), steps, 1, MAX_IMAGE_STEPS, whole=True))
     check_token_options(options, spell, problems)
     if not options.think:
         problems.add(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from corl_jax.config.fields import NonNegative, Positive, PositiveFloat, Section, option
+from corl_jax.config.fields import ImageSteps, NonNegative, Positive, PositiveFloat, Section, option
 
 
 class Denoising(Section):
     """How a model whose images are made by denoising (JanusFlow) draws and scores them."""
 
-    steps: Positive = option(10, "Steps in which training draws an image.")
-    eval_steps: Positive = option(30, "Steps in which an evaluation does, without noise.")
+    steps: ImageSteps = option(10, "Steps in which training draws an image.")
+    eval_steps: ImageSteps = option(30, "Steps in which an evaluation does, without noise.")
     schedule: Literal["uniform", "linspace", "euler_discrete", "dynamic"] = option(
         "uniform",
         "Times of the steps. uniform: equally spaced, JanusFlow; linspace: these, shifted towards "

@@ -9,10 +9,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path
+from corl_jax.sampling_options import MAX_IMAGE_STEPS
 from corl_jax.tasks import choose_tasks
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+ImageSteps = Annotated[int, Field(gt=0, le=MAX_IMAGE_STEPS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -76,6 +76,21 @@ def _fine_tunes(config: Config, result: str) -> bool:
     return any(result in TASKS[task].results for task in choose_tasks(config.sft.tasks))
 
 
+def _draws_images(config: Config) -> bool:
+    """Returns whether a run draws images: to train on them, to evaluate, or to show them."""
+    facts = STAGE_FACTS[config.stage]
+    if facts.has_rollouts and _makes(config, IMAGES):
+        return True
+    return _evaluates(config) or _shows_images(config)
+
+
+def _shows_images(config: Config) -> bool:
+    """Returns whether a run shows images of fixed prompts."""
+    facts = STAGE_FACTS[config.stage]
+    makes = _makes if facts.has_rollouts else _fine_tunes
+    return bool(config.log.images_every and facts.trains_language_model and makes(config, IMAGES))
+
+
 READERS = (
     *(
         Reader(rf"{facts.block}\..*", f"stage {stage}", _has_block(facts.block))
@@ -124,9 +139,17 @@ READERS = (
         lambda config, _: _makes(config, TEXTS) or _plans(config) or _evaluates(config),
     ),
     Reader(
-        r"rollout\.(cfg_scale|image_window)|unmasking\.steps",
-        "a task that makes images, or an eval.suite",
+        r"rollout\.cfg_scale", "a task that makes images, or an eval.suite",
         lambda config, _: _makes(config, IMAGES) or _evaluates(config),
+    ),
+    Reader(
+        r"rollout\.image_window|unmasking\.steps|denoising\.(schedule|shift)",
+        "a rollout of images, an eval.suite or log.images_every",
+        lambda config, _: _draws_images(config),
+    ),
+    Reader(
+        r"denoising\.eval_steps", "an eval.suite or log.images_every with a task that makes images",
+        lambda config, _: _evaluates(config) or _shows_images(config),
     ),
     Reader(
         r"rollout\.(group_size|batch_prompts)", "a stage with rollouts, or an eval.suite",
@@ -140,14 +163,6 @@ READERS = (
         r"denoising\.(?!eval_steps|schedule|shift).*",
         "a stage with rollouts and a task that makes images",
         lambda config, _: STAGE_FACTS[config.stage].has_rollouts and _makes(config, IMAGES),
-    ),
-    Reader(
-        r"denoising\.(eval_steps|schedule|shift)", "a task that makes images, or an eval.suite",
-        lambda config, _: _makes(config, IMAGES) or _evaluates(config),
-    ),
-    Reader(
-        r"denoising\.eval_steps", "an eval.suite or log.images_every",
-        lambda config, _: _evaluates(config) or bool(config.log.images_every),
     ),
     Reader(r"denoising\.window_starts", "denoising.window above 0",
            lambda config, _: config.denoising.window > 0),

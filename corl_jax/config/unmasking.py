@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from corl_jax.config.fields import NonNegative, Positive, Section, option
+from corl_jax.config.fields import ImageSteps, NonNegative, Section, option
 
 
 class Unmasking(Section):
     """How a model that draws the codes of an image in any order (Show-o) draws and scores them."""
 
-    steps: Positive | None = option(
+    steps: ImageSteps | None = option(
         None,
         "Steps in which the sampler draws an image. null: 16 for images of up to 256 codes, else "
         "50.",

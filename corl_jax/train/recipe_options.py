@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from corl_jax.algorithms.flow.schedules import make_sigmas
-from corl_jax.algorithms.flow.steps import Sde, check_guard, tabulate_transitions
+from corl_jax.algorithms.flow.steps import Sde, check_guard, tabulate_checked
 from corl_jax.algorithms.flow.windows import Window, fit_window
 from corl_jax.algorithms.recipes import RECIPES, Recipe
 from corl_jax.config.denoising import Denoising
@@ -159,9 +159,15 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
     else:
         unread = ("unmasking.", "guards.drift_steps", "sft.released")
         way = "draws the codes of images in one order"
+    changes = [x for x in list_changes(config) if x[0] != "guards.fatal"]
+    # A fatal alarm is an option's name in a value: (option, shown key, value).
+    options = [
+        *((key, key, value) for key, value in changes),
+        *((f"guards.{alarm}", "guards.fatal", alarm) for alarm in config.guards.fatal),
+    ]
     return [
-        f"{key}: {value!r} has no effect; a {family.name} {way}"
-        for key, value in list_changes(config)
+        f"{shown}: {value!r} has no effect; a {family.name} {way}"
+        for key, shown, value in options
         if key.startswith(unread)
     ]
 
@@ -195,8 +201,10 @@ def find_denoising_problems(
     options = config.denoising
     try:
         # Evaluations of every stage draw images at these times.
-        sigmas = make_sigmas(
-            options.schedule, options.steps, options.shift, family.limits(sizes).latent_tokens
+        tokens = family.limits(sizes).latent_tokens
+        sigmas, _ = (
+            make_sigmas(options.schedule, steps, options.shift, tokens)
+            for steps in (options.steps, options.eval_steps)
         )
     except ValueError as error:
         return [f"denoising: {error}"]
@@ -230,7 +238,7 @@ def _find_noise_problems(options: Denoising, sigmas: np.ndarray) -> list[str]:
         except ValueError as error:
             problems.append(f"denoising: {error}; correct denoising.guard or denoising.dynamics")
     try:
-        tabulate_transitions(sigmas, sde)
+        tabulate_checked(sigmas, sde)
     except ValueError as error:
         return [*problems, f"denoising: {error}; correct denoising.noise_level"]
     try:

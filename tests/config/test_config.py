@@ -501,12 +501,17 @@ def test_options_that_contradict_each_other(write, overrides, part):
             "rollout.cfg_scale: 2.0", "a task that makes images, or an eval.suite",
         ),
         (
-            ["denoising.schedule=linspace", "algorithm.tasks=mm2t"],
-            "denoising.schedule: 'linspace'", "a task that makes images, or an eval.suite",
+            ["denoising.schedule=linspace", "algorithm.tasks=mm2t", "log.images_every=0"],
+            "denoising.schedule: 'linspace'",
+            "a rollout of images, an eval.suite or log.images_every",
         ),
         (
-            ["denoising.eval_steps=9", "log.images_every=0"],
-            "denoising.eval_steps: 9", "an eval.suite or log.images_every",
+            ["stage=sft", "unmasking.steps=9", "log.images_every=0", "rewards=[]"],
+            "unmasking.steps: 9", "a rollout of images, an eval.suite or log.images_every",
+        ),
+        (
+            ["denoising.eval_steps=9", "log.images_every=0"], "denoising.eval_steps: 9",
+            "an eval.suite or log.images_every with a task that makes images",
         ),
         (
             ["export.dtype=float32", "export.layout=none"],

@@ -21,7 +21,12 @@ from corl_jax.policies.denoising import draw_latents, measure_kl, score_latents
 from corl_jax.policies.family import TurnProgram
 from corl_jax.tasks import CODES
 from corl_jax.train import build, resolve, step
-from corl_jax.train.recipe_options import find_ignored_options
+from corl_jax.train.recipe_options import (
+    find_denoising_problems,
+    find_ignored_options,
+    find_unread_options,
+)
+from corl_jax.train.stages import STAGES
 from corl_jax.types import EncodedPrompts
 from tests.support import tiny_flow
 
@@ -97,6 +102,33 @@ def test_the_divisor_of_a_std_that_is_not_read_is_warned_of(name):
     (line,) = find_ignored_options(make_outline(name="dr_grpo", ddof=0).config)
     assert line.startswith("algorithm.ddof: 0 has no effect; only algorithm.scale group or batch")
     assert not find_ignored_options(make_outline(ddof=0, scale="batch").config)
+
+
+@pytest.mark.parametrize(
+    ("denoising", "message"),
+    [
+        ({"schedule": "linspace", "shift": 1e-300}, "times that float32 cannot tell apart"),
+        ({"shift": 1e12, "eval_steps": 9000, "schedule": "linspace"}, "9000 steps of the"),
+        ({"noise_level": 1e30}, "too large for float32"),
+        ({"noise_level": 1e-30}, "raise the noise level"),
+    ],
+)
+def test_numbers_beyond_float32_are_refused(denoising, message):
+    config = make_outline().config
+    config = config.model_copy(update={"denoising": config.denoising.model_copy(update=denoising)})
+    (problem,) = find_denoising_problems(config, STAGES["rl"], FAMILIES["janus_flow"])
+    assert message in problem
+
+
+def test_a_fatal_alarm_that_the_family_never_raises_is_warned_of():
+    config = make_outline().config
+    guards = config.guards.model_copy(update={"fatal": ["duplicates"]})
+    lines = find_unread_options(
+        config.model_copy(update={"guards": guards}), FAMILIES["janus_flow"]
+    )
+    assert lines == [
+        "guards.fatal: 'duplicates' has no effect; a janus_flow makes images by denoising"
+    ]
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0, 3.5])

@@ -28,8 +28,8 @@ def make_sigmas(
 
     Raises:
         ValueError: the schedule is unknown, the number of steps or the shift is not positive, a
-            shift is given to a schedule without one, `dynamic` has no number of tokens, or two
-            times are equal up to rounding.
+            shift is given to a schedule without one, `dynamic` has no number of tokens, or times
+            are equal in float32, in which steps are computed.
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule {name!r}: expected one of {', '.join(SCHEDULES)}")
@@ -37,13 +37,13 @@ def make_sigmas(
         raise ValueError(f"num_steps {num_steps}: expected at least 1")
     if shift is not None and shift <= 0:
         raise ValueError(f"shift {shift}: expected a positive number")
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # the check below finds what is not finite
         sigmas = SCHEDULES[name](num_steps, shift, num_tokens)
-    # As a network reads them: of an extreme shift all times round to 1 or to 0.
     if not (np.diff(sigmas.astype(np.float32)) < 0).all():
         raise ValueError(
-            f"schedule {name!r} with {num_steps} steps and a shift of {shift}: two of its times "
-            "are the same number; choose a shift nearer to 1, or fewer steps"
+            f"{num_steps} steps of the schedule {name!r}"
+            f"{'' if shift is None else f' with shift {shift:g}'} have times that float32 cannot "
+            "tell apart: take fewer steps, or a shift that is closer to 1"
         )
     return sigmas
 

@@ -161,6 +161,24 @@ def tabulate_transitions(sigmas: Any, sde: Sde) -> Transition:
     return row.transition(Times(sigmas[:-1], sigmas[1:], is_first), level)
 
 
+def tabulate_checked(sigmas: np.ndarray, sde: Sde) -> Transition:
+    """Returns `tabulate_transitions` of times on the host, whose squares fit into float32.
+
+    Raises:
+        ValueError: as `tabulate_transitions`; or the noise level is too high.
+    """
+    with np.errstate(all="ignore"):  # the check finds what is not finite
+        transitions = tabulate_transitions(np.asarray(sigmas, np.float64), sde)
+        squares = [np.float32(numbers) ** 2 for numbers in jax.tree.leaves(transitions)]
+    if not all(np.isfinite(numbers).all() for numbers in squares):
+        usual = DYNAMICS[sde.dynamics].default_level
+        raise ValueError(
+            f"noise level {sde.level} of the dynamics {sde.dynamics!r} makes steps whose numbers "
+            f"are too large for float32: lower it, usual is {usual:g}"
+        )
+    return transitions
+
+
 def take_transitions(transitions: Transition, steps: Any) -> Transition:
     """Returns the numbers of the given steps; `steps` is an index or indices [N] into [T]."""
     return jax.tree.map(lambda values: jnp.asarray(values)[steps], transitions)

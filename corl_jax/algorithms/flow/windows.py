@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from corl_jax.algorithms.flow.steps import Sde, tabulate_transitions
+from corl_jax.algorithms.flow.steps import Sde, tabulate_checked
 
-SMALLEST_BFLOAT16_STD = 0.05
-"""A step with a smaller std is not trained on latents in bfloat16.
+SMALLEST_STDS = {"bfloat16": 0.05, "float32": 0.05 / 2**15}
+"""dtype of the latents -> the std below which a step is not trained.
 
 Rounding x' to bfloat16 moves its log-prob by 4e-5 at std 0.2 and by 0.035 at std 0.006, where the
-clip range is 1e-4.
+clip range is 1e-4. The spacing of float32 is that of bfloat16 over 2^16, and rounding errors of its
+arithmetic add up.
 """
 
 
@@ -38,9 +39,10 @@ def fit_window(window: Window, sigmas: np.ndarray, sde: Sde) -> Window:
 
     Raises:
         ValueError: no step has noise, a window reaches a step that is not there or has none, starts
-            are given without a length, or a step's std is too small for bfloat16.
+            are given without a length, a step's std is too small for the latents' dtype, or the
+            noise level is too high.
     """
-    stds = np.asarray(tabulate_transitions(np.asarray(sigmas, np.float64), sde).std)
+    stds = np.asarray(tabulate_checked(sigmas, sde).std)
     num_noisy = int((stds > 0).sum())  # steps 0 to num_noisy - 1
     if not num_noisy:
         raise ValueError(
@@ -63,21 +65,21 @@ def fit_window(window: Window, sigmas: np.ndarray, sde: Sde) -> Window:
             f"largest start can be {num_noisy - length}"
         )
     fitted = Window(length, window.starts)
-    if sde.latent_dtype == "bfloat16":
-        _check_stds(fitted, stds)
+    _check_stds(fitted, stds, sde.latent_dtype)
     return fitted
 
 
-def _check_stds(window: Window, stds: np.ndarray) -> None:
-    """Refuses a window that reaches a step whose std is too small for latents in bfloat16."""
+def _check_stds(window: Window, stds: np.ndarray, dtype: str) -> None:
+    """Refuses a window that reaches a step whose std is too small for latents of a dtype."""
     assert window.length is not None
     reached = range(window.starts[0], window.starts[1] + window.length)
-    small = [step for step in reached if stds[step] < SMALLEST_BFLOAT16_STD]
+    small = [step for step in reached if stds[step] < SMALLEST_STDS[dtype]]
     if small:
+        remedy = "raise the noise level" if dtype == "float32" else "store latents in float32"
         raise ValueError(
             f"step {small[0]} of {len(stds)} has std {stds[small[0]]:.2g}, below "
-            f"{SMALLEST_BFLOAT16_STD}, and latents are stored in bfloat16, whose rounding moves "
-            "its log-prob: store latents in float32, or end the window before that step"
+            f"{SMALLEST_STDS[dtype]:.2g}, and latents are stored in {dtype}, whose rounding moves "
+            f"its log-prob: {remedy}, or end the window before that step"
         )
 
 

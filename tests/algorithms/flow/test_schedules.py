@@ -58,8 +58,10 @@ def test_the_usual_shift_is_three():
         (("uniform", 4, 3.0), "'uniform' has no shift, found 3.0: leave shift at null"),
         (("dynamic", 4, 3.0, 576), "'dynamic' has no shift"),
         (("dynamic", 4), "'dynamic' needs num_tokens"),
-        (("linspace", 4, 1e-300), "two of its times are the same number; choose a shift nearer"),
-        (("euler_discrete", 4, 1e9), "two of its times are the same number"),
+        (("linspace", 4, 1e20), "shift 1e\\+20 have times that float32 cannot tell apart"),
+        (("linspace", 4, 1e-300), "shift 1e-300 have times"),
+        (("euler_discrete", 4, 1e-30), "shift 1e-30 have times"),
+        (("uniform", 10**8), "100000000 steps of the schedule 'uniform' have times"),
     ],
 )
 def test_a_schedule_that_does_not_exist_is_refused(arguments, message):

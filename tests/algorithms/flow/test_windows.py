@@ -68,6 +68,21 @@ def test_a_window_that_reaches_no_noise_is_refused(window, sde, message):
         fit_window(window, UNIFORM, sde)
 
 
+@pytest.mark.parametrize(
+    ("sde", "message"),
+    [
+        (Sde("flow", 1e30), "noise level 1e\\+30 of the dynamics 'flow' makes steps whose numbers"),
+        (Sde("dance", 1e300), "too large for float32: lower it, usual is 0.3"),
+        (Sde("dance", 1e-30), "step 0 of 10 has std 3.2e-31, .* raise the noise level"),
+        (Sde("flow", 1e-7), "step 0 of 10 has std 1e-07, below 1.5e-06, .* in float32"),
+    ],
+)
+def test_noise_that_float32_does_not_hold_is_refused(sde, message):
+    with pytest.raises(ValueError, match=message):
+        fit_window(Window(), UNIFORM, sde)
+    assert fit_window(Window(), UNIFORM, Sde("flow", 1e-4)) == Window(10)
+
+
 def test_a_short_step_is_refused_in_bfloat16():
     """The last step of euler_discrete has std 0.0063, that of uniform 0.074."""
     with pytest.raises(ValueError, match=r"step 9 of 10 has std 0.0063, .* latents in float32"):
