@@ -1,8 +1,8 @@
 """Trains a very small model in minutes on a CPU: data, training, evaluation and export.
 
-    corl-jax quickstart [--model janus|show-o] [--out runs/quickstart] [key=value ...]
+    corl-jax quickstart [--model janus|show-o|janus-flow] [--out runs/quickstart] [key=value ...]
 
-Converts the nano Janus or the nano Show-o of this package, makes rows for training and others for
+Converts the nano Janus, Show-o or JanusFlow of this package, makes rows for training and others for
 evaluation, runs unified GRPO with evaluations, and exports the result for PyTorch. Each step is a
 command that is printed before it runs; the same commands train a large model. A second run
 continues where the first one stopped. The training reads key=value.

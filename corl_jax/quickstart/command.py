@@ -15,7 +15,7 @@ from typing import Any
 from corl_jax.config import files as config_files
 from corl_jax.config.schema import Config
 from corl_jax.config.shipped import find_config
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.estimates import read_estimate
 from corl_jax.quickstart.models import DEFAULT, STARTS, Start
 from corl_jax.report.figures import draw_before_after
@@ -71,14 +71,30 @@ class Work:
     @property
     def training(self) -> list[str]:
         """The arguments of the training command."""
-        paths = {
+        named = [f"{key}={path}" for key, path in self.paths.items()]
+        return [self.start.config, *named, *self.overrides]
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The options that say where the quickstart has made what the training reads."""
+        return {
             "output_dir": self.train.root,
             "model.path": self.model,
             "data.path": self.train_data,
             "eval.path": self.test_data,
         }
-        named = [f"{key}={path}" for key, path in paths.items()]
-        return [self.start.config, *named, *self.overrides]
+
+    def check_overrides(self) -> None:
+        """Checks that what the other steps make is used. Raises: InputError."""
+        given = [override.removeprefix("--").partition("=")[0] for override in self.overrides]
+        problems = Problems()
+        problems.add(
+            f"{key}: found in the command line, but the quickstart sets it to {path}; leave it out "
+            f"(--out names another folder), or run `corl-jax train {self.start.config}`"
+            for key, path in self.paths.items()
+            if key in given
+        )
+        problems.raise_any()
 
     def list_steps(self) -> list[tuple[str, list[str], Path | None]]:
         """Returns (title, command, what it makes) of each step.
@@ -87,7 +103,9 @@ class Work:
         """
         # The training has no result in the list: its command resumes by itself.
         start = self.start
+        self.check_overrides()
         config = config_files.load(find_config(start.config), self.training[1:])
+        check_results(config)
         draw_train = draw_rows(self.train_data, num_train_rows(config), TRAIN_SEED, "train")
         draw_test = draw_rows(self.test_data, config.eval.rows, TEST_SEED, "test")
         return [
@@ -104,6 +122,15 @@ class Work:
                 None,
             ),
         ]
+
+
+def check_results(config: Config) -> None:
+    """Checks that a run evaluates what the quickstart compares. Raises: InputError if not."""
+    if config.eval.suite != "shapes" or config.stage != "rl":
+        raise InputError(
+            f"eval.suite: found {config.eval.suite} in stage {config.stage}; expected shapes in "
+            "stage rl, whose results the quickstart compares; leave both as the config has them"
+        )
 
 
 def num_train_rows(config: Config) -> int:

@@ -20,7 +20,7 @@ from corl_jax.policies import inspect_policy
 from corl_jax.sampling_options import complete_options
 from corl_jax.serve.batcher import Batcher
 from corl_jax.serve.engine import Engine, Job
-from corl_jax.serve.requests import ChatRequest, read_image_request
+from corl_jax.serve.requests import ApiError, ChatRequest, read_image_request
 
 QUESTION, PROMPT = "What is in the image?", "a red circle"
 REMEDY = "the server needs starlette and uvicorn: pip install 'corl-jax[serve]'"
@@ -100,6 +100,8 @@ def _warn_if_open(args: argparse.Namespace) -> None:
 def warm_up(engine: Engine) -> None:
     """Compiles the programs of a short prompt and a short question, for every batch size.
 
+    Without the question for a model that answers none, with a warning.
+
     Raises:
         InputError: a batch does not fit into the memory of the device.
     """
@@ -110,7 +112,11 @@ def warm_up(engine: Engine) -> None:
         top_p=None, top_k=None, instruction=None, system_prompt="",
     )  # fmt: skip
     question = ChatRequest(QUESTION, blank, options)
-    jobs: list[Job] = [engine.prepare_images(drawing), engine.prepare_answers(question)]
+    jobs: list[Job] = [engine.prepare_images(drawing)]
+    try:
+        jobs.append(engine.prepare_answers(question))
+    except ApiError as error:
+        print(f"warning: the model answers no questions: {error}", file=sys.stderr)
     for size in engine.sizes:
         problem = (
             f"--batch-size: {size} samples at once do not fit into the memory of the device; give "

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
-from corl_jax.config.fields import ConfigPath, NonNegative, Positive, Section, option
+from corl_jax.config.fields import (
+    ConfigPath,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+    option,
+)
 from corl_jax.config.files import MAX_BYTES
 from corl_jax.config.options import flatten
 from corl_jax.config.shipped import find_config, list_configs
@@ -34,7 +42,7 @@ class Merge(Section):
         description="Variants whose models with the same seed are merged.", min_length=2
     )
     rule: str | None = option(None, "Rule of `corl-jax merge`; null: its default.")
-    factor: float | None = option(None, "Its --lambda; null: its default.")
+    factor: PositiveFloat | None = option(None, "Its --lambda; null: its default.")
     params: str | None = option(None, "Its --params; null: its default.")
 
 
@@ -127,7 +135,10 @@ def add_words(tree: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     Raises:
         InputError: a word is not of the form key=value.
     """
-    problems, tree = Problems(), {**tree, "overrides": dict(flatten(tree.get("overrides") or {}))}
+    overrides = tree.get("overrides") or {}
+    if not isinstance(overrides, dict):
+        raise InputError(f"overrides: found {overrides!r}; expected a mapping, key.path: value")
+    problems, tree = Problems(), {**tree, "overrides": dict(flatten(overrides))}
     for word in words:
         key, equals, value = word.removeprefix("--").partition("=")
         if not equals or not key:
@@ -196,8 +207,15 @@ def find_problems(study: Study) -> Iterator[str]:
     for key in SET_BY_STUDY:
         if key in study.overrides:
             yield f"overrides.{key}: each run has its own; use output_dir and seeds of the study"
+    if "://" in study.output_dir:
+        yield f"output_dir: found {study.output_dir!r}; expected a directory on a disk"
     for path, command in study.prepare.items():
-        if not command.split() or "--out" in command.split():
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            yield f"prepare.{path}: found {command!r} ({error}); correct its quotes"
+            continue
+        if not words or any(word.partition("=")[0] == "--out" for word in words):
             yield f"prepare.{path}: found {command!r}; expected a command of corl-jax, no --out"
     for name, variant in study.variants.items():
         yield from _find_variant_problems(study, name, variant)
@@ -231,6 +249,10 @@ def find_merge_problems(
     """
     for variant, merge in ((name, x.merge) for name, x in study.variants.items() if x.merge):
         place, rule = f"variants.{variant}.merge", merge.rule or default
+        try:
+            re.compile(merge.params or "")
+        except re.error as error:
+            yield f"{place}.params: found {merge.params!r}, no regular expression: {error}"
         if rule not in rules:
             yield f"{place}.rule: found {rule!r}; {suggest_name(rule, rules)}"
         elif rules[rule] not in (None, len(merge.models)):

@@ -55,6 +55,20 @@ def test_no_row_is_learnt_twice_and_enough_are_held_out(tmp_path):
         endless.list_steps()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output_dir=x", "output_dir: found in the command line, but the quickstart sets it"),
+        ("--data.path=x", "data.path: found in the command line"),
+        ("eval.suite=none", "eval.suite: found none in stage rl; expected shapes"),
+        ("stage=sft", "eval.suite: found shapes in stage sft"),
+    ],
+)
+def test_overrides_that_leave_nothing_to_compare_are_refused_at_once(tmp_path, override, message):
+    with pytest.raises(InputError, match=message):
+        quickstart.Work(tmp_path, (override,)).list_steps()
+
+
 def test_a_step_that_fails_ends_with_its_exit_code(capfd):
     with pytest.raises(SystemExit) as ended:
         quickstart.run_command([sys.executable, "-c", "raise SystemExit(2)"])

@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -635,3 +636,20 @@ def test_a_broken_generation_config_is_found_at_the_start(tmp_path, capsys):
     args = command.build_parser().parse_args(["--model", str(folder), "--port", "0"])
     with pytest.raises(InputError, match="temperature"):
         serve_command.run_server(args)
+
+
+def test_a_model_that_answers_no_questions_draws_images(capsys):
+    """A Show-o with CLIP's features may lack the tower that makes them."""
+    drawn = []
+
+    def refuse(request):
+        raise api.ApiError(400, "messages: clip/config.json: not found")
+
+    engine = SimpleNamespace(
+        limits=SimpleNamespace(image_side=16), sizes=[1, 4], prepare_answers=refuse,
+        prepare_images=lambda request: SimpleNamespace(program="images", rows=["row"]),
+        draw=lambda program, rows: drawn.append((program, len(rows))),
+    )  # fmt: skip
+    serve_command.warm_up(engine)
+    assert drawn == [("images", 1), ("images", 4)]
+    assert "warning: the model answers no questions: messages: clip/" in capsys.readouterr().err

@@ -120,6 +120,13 @@ def test_jobs_wait_for_their_models(tmp_path):
         ({"variants": {"unified": {"lora.rank": 4, "export.lora": "adapter",
                                    "export.layout": "transformers"}, "b": {"after": "unified"}}},
          "variants.unified: export.lora: found adapter, but b starts from its export"),
+        ({"overrides": [1]}, "overrides: found [1]; expected a mapping"),
+        ({"prepare": {"x": "data 'a"}}, "prepare.x: found \"data 'a\" (No closing quotation)"),
+        ({"prepare": {"x": "data --out=y"}}, "prepare.x: found 'data --out=y'; expected a command"),
+        ({"output_dir": "gs://a/b"}, "output_dir: found 'gs://a/b'; expected a directory"),
+        ({"variants": {"unified": {}, "b": {"merge": {"models": ["unified"] * 2,
+                                                      "factor": float("inf")}}}},
+         "variants.b.merge.factor: found inf"),
     ],
 )  # fmt: skip
 def test_a_wrong_study_is_refused(changes, part, tmp_path):
@@ -135,6 +142,8 @@ def test_a_wrong_study_is_refused(changes, part, tmp_path):
         ({"models": ["t2i", "unified", "base"]},
          "variants.both.merge.models: found 3, but the rule gaussian merges 2; choose another rule "
          "or other models"),
+        ({"params": "("}, "variants.both.merge.params: found '(', no regular expression: missing "
+         "), unterminated subpattern at position 0"),
     ],
 )  # fmt: skip
 def test_merges_that_would_fail_after_the_trainings_are_refused(merge, line, tmp_path, capsys):

@@ -386,6 +386,11 @@ def test_calls_with_the_same_bits_are_told_from_others(monkeypatch, capsys):
             "found correctness, which no janus_flow has",
         ),
         (
+            ["--size", "janus-flow-tiny", "--parts", "self_qa,windows"],
+            "found windows, which no janus_flow has",
+        ),
+        (["--parts", "vq", "--out", str(Path(__file__).parent)], "cannot be written (Is a dir"),
+        (
             ["--size", "janus-flow-tiny", "--parts", "text", "--peer", "transformers"],
             "--peer: --parts names none of image,unguided,train_image",
         ),

@@ -49,7 +49,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ from tools.bench.ceilings import measure_ceilings
 from tools.bench.environment import describe_environment
 from tools.bench.setting import COMPUTE, Setting
 from tools.bench.sizes import SIZES, add_adapters
-from tools.bench.timing import HEADER, Record
+from tools.bench.timing import HEADER, Record, open_records
 
 RUNS: dict[str, Callable[[Setting], Iterator[Record]]] = {
     "rewards": scoring.measure_rewards,
@@ -346,15 +346,12 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
     args = parse_arguments(argv)
     check_arguments(args)
-    # PyTorch first: JAX takes most of the memory of a device as soon as it uses it.
     startup.check_jax_settings()
-    peers = versus.measure_peers(args) if args.peer else versus.NOBODY
-    startup.start_devices()
     with contextlib.ExitStack() as stack:
-        out: TextIO | None = None
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            out = stack.enter_context(args.out.open("w", encoding="utf-8"))
+        out = open_records(args.out, stack)
+        # PyTorch first: JAX takes most of the memory of a device as soon as it uses it.
+        peers = versus.measure_peers(args) if args.peer else versus.NOBODY
+        startup.start_devices()
 
         def write_line(data: dict[str, Any]) -> None:
             if out is not None:

@@ -28,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import yaml
@@ -48,6 +48,7 @@ from tools.bench.families import FAMILIES
 from tools.bench.random_files import write_policy, write_reward_network
 from tools.bench.sizes import SIZES
 from tools.bench.start import write_rows
+from tools.bench.timing import open_records
 
 PHASES = ("rollout", "reward", "update")
 # Of a prompt or a question: the small tokenizer makes some 40 tokens of it, with the template.
@@ -308,10 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     failed: list[str] = []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        out: TextIO | None = None
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            out = stack.enter_context(args.out.open("w", encoding="utf-8"))
+        out = open_records(args.out, stack)
         files = Files(folder, args.tiny)
         for name in configs:
             try:

@@ -180,7 +180,10 @@ FAMILIES = {
         JANUS_FLOW, _make_janus_flow_frame, _count_janus_words, _count_no_codes,
         describe_janus_flow, write_janus_flow_processor, janus_flow_sampling,
         _count_janus_flow_steps,
-        lacks=("rewards", "forward", "correctness", "recipe", "lengths"),
+        lacks=(
+            "rewards", "forward", "correctness", "recipe", "lengths", "windows", "self_qa",
+            "self_sft", "self_sft_through",
+        ),
     ),
 }  # fmt: skip
 """Name of a family -> how it is measured."""

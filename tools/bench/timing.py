@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import jax
+
+from corl_jax.errors import InputError
 
 GIB = 2**30
 
@@ -93,3 +97,19 @@ def measure_memory() -> dict[str, float]:
 
 def _shorten(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def open_records(path: Path | None, stack: contextlib.ExitStack) -> TextIO | None:
+    """Opens the file of --out, which `stack` closes; None without it.
+
+    Raises: InputError if it cannot be written.
+    """
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return stack.enter_context(path.open("w", encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"--out {path}: cannot be written ({error.strerror}); name another file"
+        ) from error
