@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from corl_jax.config.fields import MAX_IMAGE_STEPS
 from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
 from corl_jax.errors import InputError, Problems
 from corl_jax.sampling_options import (
     HARMLESS,
     LARGEST,
-    MAX_IMAGE_STEPS,
     find_temperature_problems,
     is_number,
 )

@@ -22,8 +22,6 @@ DEFAULTS: dict[str, Any] = {
 A family may have others, see `policies.family.Family.defaults`.
 """
 LARGEST = sys.float_info.max
-MAX_IMAGE_STEPS = 10_000
-"""Most steps of an image that is drawn in steps: their tables are made before the first one."""
 HARMLESS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # values that change no distribution
 
 

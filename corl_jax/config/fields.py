@@ -9,9 +9,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from corl_jax.errors import InputError
 from corl_jax.input_files import expand_path
-from corl_jax.sampling_options import MAX_IMAGE_STEPS
 from corl_jax.tasks import choose_tasks
 
+MAX_IMAGE_STEPS = 10_000
+"""Most steps of an image that is drawn in steps: their tables are made before the first one."""
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 ImageSteps = Annotated[int, Field(gt=0, le=MAX_IMAGE_STEPS)]

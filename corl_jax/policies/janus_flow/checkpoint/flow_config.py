@@ -119,9 +119,9 @@ def _parse_uvit(top: Fields, width: int) -> UvitConfig:
         )
     norm_eps = encoder.number("norm_eps", usual.norm_eps)
     # Each has its own default in the original code.
-    if (found := decoder.number("norm_eps", usual.norm_eps)) != norm_eps:
+    if (decoder_eps := decoder.number("norm_eps", usual.norm_eps)) != norm_eps:
         decoder.problems.add(
-            f"{decoder.where}: norm_eps is {found}, expected {norm_eps}, as in {ENCODER}"
+            f"{decoder.where}: norm_eps is {decoder_eps}, expected {norm_eps}, as in {ENCODER}"
         )
     return UvitConfig(
         latent_channels=channels,
