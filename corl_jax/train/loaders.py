@@ -123,11 +123,7 @@ def make_column_checks(
     for reward in rewards:
         if reward.name in registry.REGISTRY:
             row = reward.row
-            columns = {*row.columns, *row.either, *row.optional}
-            read |= columns
-            # These two read texts with the tokenizer of the run.
-            if not {"policy", "initial"}.isdisjoint(reward.scorers):
-                said |= columns
+            read |= {*row.columns, *row.either, *row.optional}
     return {
         name: functools.partial(_find_text_problem, processor, name)
         if name in said
@@ -139,7 +135,7 @@ def make_column_checks(
 def _find_text_problem(
     processor: Any, name: str, value: Any, columns: Mapping[str, Any]
 ) -> str | None:
-    """Returns the problem of a value that a model is to say or to read, or None."""
+    """Returns the problem of a value that the model is to say, or None."""
     if problem := find_value_problem(name, value, columns):
         return problem
     try:

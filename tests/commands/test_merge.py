@@ -20,6 +20,7 @@ from corl_jax.assets import NANO_SHOW_O, SHIPPED
 from corl_jax.convert.__main__ import run as convert
 from corl_jax.merge import rules
 from corl_jax.merge.__main__ import main
+from corl_jax.merge.inputs import _find_token_problems
 from corl_jax.models.lora import Lora
 from corl_jax.params import flatten, unflatten
 from corl_jax.policies.janus.checkpoint import KIND
@@ -706,8 +707,12 @@ def test_the_tokenizer_of_a_show_o_is_compared(show_o, tmp_path, capsys):
     base, other = show_o
     file, out = other / "phi-1_5" / "tokenizer.json", tmp_path / "out"
     tokenizer = json.loads(file.read_text())
-    file.write_text(json.dumps(tokenizer | {"added_tokens": tokenizer["added_tokens"][1:]}))
-    refuse(capsys, base, [other, base], out, "b/phi-1_5/tokenizer.json: its added tokens differ")
+    first, *rest = tokenizer["added_tokens"]
+    file.write_text(json.dumps(tokenizer | {"added_tokens": rest}))  # none has another id
+    assert not _find_token_problems(base / "phi-1_5", file.parent, [])
+    for changed in ({"id": first["id"] + 1000}, {"content": "<|other|>"}):
+        file.write_text(json.dumps(tokenizer | {"added_tokens": [first | changed, *rest]}))
+        refuse(capsys, base, [other, base], out, "phi-1_5/tokenizer.json: its added tokens differ")
     for key, value in (("added_tokens", 3), ("model", {"merges": 3}), ("model", {"merges": [1]})):
         file.write_text(json.dumps(tokenizer | {key: value}))
         refuse(capsys, base, [other, base], out, "not a usable tokenizer.json")

@@ -91,7 +91,7 @@ def test_the_start_of_a_show_o_has_its_sizes_and_its_tokens(start):
     text = "a red circle left of a blue cross"
     ids = start.processor.t2i_ids(text)
     assert len(ids) == 3 + len(text.split()), "each word is one token"
-    assert start.processor.decode(ids) == text
+    assert start.processor.decode(ids) == f"<|t2i|>{text}"
 
 
 def test_tokenizers_of_other_sizes_and_families_are_refused(nano, capsys):

@@ -132,18 +132,15 @@ def test_supervised_stages_hide_codes_of_given_images(model, rows, tmp_path, one
         assert lines[0]["loss"] == pytest.approx(sum(parts), rel=1e-4)
 
 
-@pytest.mark.parametrize("column", ["sft_answer", "caption", "qa_solution"])
+@pytest.mark.parametrize("column", ["sft_answer", "caption"])
 def test_a_target_with_a_control_token_is_a_bad_row(model, tmp_path, column):
     """The step that needs it would end the run, without the row's number."""
     good = {"sft_answer": "<answer>two</answer>", "caption": "a red circle"}
     rows = [tiny_row(i) | good for i in range(8)]
     rows[5][column] = "a <|soi|> b"
-    changes = {"stage": "sft", "rewards": []}
-    if column == "qa_solution":  # of a reward that scores it under the policy
-        changes = {"rewards": [{"name": "answer_logprob"}], "algorithm": {"tasks": "t2i"}}
     tree = tiny_runs.options(
         model, tiny_parquet(tmp_path / "rows.parquet", rows), tmp_path / "run",
-        train={"prompts_per_step": 8}, data={"max_bad_fraction": 0.5}, **changes,
+        train={"prompts_per_step": 8}, data={"max_bad_fraction": 0.5}, stage="sft", rewards=[],
     )  # fmt: skip
     loader = resolve.resolve_run(config_files.validate(tree, "test")).train_loader
     loader.batch(0)
