@@ -120,8 +120,10 @@ def _find_token_problems(base: Path, model: Path, notes: list[str]) -> list[str]
     added = "added tokens"
     differences = [name for name in ours if name != added and ours[name] != theirs[name]]
     # A file may lack tokens that the other one has, as those of a Show-o, whose network has them.
+    # But no text may have two ids, and no id two texts.
     pairs = {*ours[added].items(), *theirs[added].items()}
-    if len(pairs) > min(len({text for text, _ in pairs}), len({number for _, number in pairs})):
+    texts, ids = ({pair[place] for pair in pairs} for place in (0, 1))
+    if len(pairs) > min(len(texts), len(ids)):
         differences.append(added)
     if not differences:
         return []
@@ -144,7 +146,7 @@ def _read_tokens(file: Path) -> dict[str, Any]:
         return {
             "vocabulary": model.get("vocab"),
             "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in merges],
-            "added tokens": {str(token.get("content")): token.get("id") for token in added},
+            "added tokens": {str(token.get("content")): str(token.get("id")) for token in added},
         }
     except TypeError as error:
         raise InputError(

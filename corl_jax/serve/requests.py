@@ -20,7 +20,7 @@ from corl_jax.inference import MAX_SEED, check_image_options, check_text_options
 from corl_jax.nearest import suggest_name
 
 MAX_SAMPLES = 64  # of one request
-MAX_IMAGE_STEPS = 1024  # as many as a large image has codes
+MAX_SERVED_STEPS = 1024  # as many as a large image has codes
 MAX_TEXT = 200_000  # characters of a request's text; more than any model's positions hold
 MAX_IMAGE_PIXELS = 2**24  # 50 MB as RGB
 MAX_STOPS = 4
@@ -123,9 +123,9 @@ def read_image_request(body: Any, side: int) -> ImageRequest:
     )  # fmt: skip
     check_image_options(options, spell_image_field, problems)
     # All other requests wait for the steps of one.
-    if isinstance(options.image_steps, int) and options.image_steps > MAX_IMAGE_STEPS:
+    if isinstance(options.image_steps, int) and options.image_steps > MAX_SERVED_STEPS:
         problems.add(
-            f"image_steps: found {options.image_steps}; expected at most {MAX_IMAGE_STEPS}"
+            f"image_steps: found {options.image_steps}; expected at most {MAX_SERVED_STEPS}"
         )
     prompt = body.get("prompt")
     problems.add(find_text_problems("prompt", prompt))

@@ -208,7 +208,7 @@ def find_problems(study: Study) -> Iterator[str]:
         if key in study.overrides:
             yield f"overrides.{key}: each run has its own; use output_dir and seeds of the study"
     if "://" in study.output_dir:
-        yield f"output_dir: found {study.output_dir!r}; expected a directory on a disk"
+        yield f"output_dir: found {study.output_dir!r}; expected a directory on a disk; name one"
     for path, command in study.prepare.items():
         try:
             words = shlex.split(command)
@@ -252,7 +252,10 @@ def find_merge_problems(
         try:
             re.compile(merge.params or "")
         except re.error as error:
-            yield f"{place}.params: found {merge.params!r}, no regular expression: {error}"
+            yield (
+                f"{place}.params: found {merge.params!r}, no regular expression: {error}; "
+                "correct it"
+            )
         if rule not in rules:
             yield f"{place}.rule: found {rule!r}; {suggest_name(rule, rules)}"
         elif rules[rule] not in (None, len(merge.models)):

@@ -119,14 +119,14 @@ def make_column_checks(
     Images are checked elsewhere, and a user's reward may read any value.
     """
     targets = set(stage.target_columns(config))
-    read, said = {*targets}, targets if processor is not None else set()
+    read = {*targets}
     for reward in rewards:
         if reward.name in registry.REGISTRY:
             row = reward.row
             read |= {*row.columns, *row.either, *row.optional}
     return {
         name: functools.partial(_find_text_problem, processor, name)
-        if name in said
+        if name in targets
         else functools.partial(find_value_problem, name)
         for name in sorted(read - {IMAGE_COLUMN})
     }

@@ -710,7 +710,7 @@ def test_the_tokenizer_of_a_show_o_is_compared(show_o, tmp_path, capsys):
     first, *rest = tokenizer["added_tokens"]
     file.write_text(json.dumps(tokenizer | {"added_tokens": rest}))  # none has another id
     assert not _find_token_problems(base / "phi-1_5", file.parent, [])
-    for changed in ({"id": first["id"] + 1000}, {"content": "<|other|>"}):
+    for changed in ({"id": first["id"] + 1000}, {"id": [1]}, {"content": "<|other|>"}):
         file.write_text(json.dumps(tokenizer | {"added_tokens": [first | changed, *rest]}))
         refuse(capsys, base, [other, base], out, "phi-1_5/tokenizer.json: its added tokens differ")
     for key, value in (("added_tokens", 3), ("model", {"merges": 3}), ("model", {"merges": [1]})):

@@ -143,7 +143,7 @@ def test_a_wrong_study_is_refused(changes, part, tmp_path):
          "variants.both.merge.models: found 3, but the rule gaussian merges 2; choose another rule "
          "or other models"),
         ({"params": "("}, "variants.both.merge.params: found '(', no regular expression: missing "
-         "), unterminated subpattern at position 0"),
+         "), unterminated subpattern at position 0; correct it"),
     ],
 )  # fmt: skip
 def test_merges_that_would_fail_after_the_trainings_are_refused(merge, line, tmp_path, capsys):

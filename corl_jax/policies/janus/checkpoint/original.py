@@ -61,7 +61,7 @@ def parse_siglip(section: Fields) -> SiglipConfig:
     preset = preset or SiglipConfig()
     params.expect("select_layer", (-1,), "Janus uses all layers")
     for statistic in ("pixel_mean", "pixel_std"):  # with both, the original normalises twice
-        params.expect(statistic, (None,), "pixels are normalised by preprocessor_config.json")
+        params.expect(statistic, (None,), "remove it: preprocessor_config.json has it")
     width = params.size("width", preset.hidden_size)
     ratio = params.number("mlp_ratio", preset.intermediate_size / preset.hidden_size)
     return SiglipConfig(

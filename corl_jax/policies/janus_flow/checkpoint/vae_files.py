@@ -78,7 +78,8 @@ def explain_vae_problems(problems: list[str]) -> list[str]:
     return [
         f"{folders[0]}: the weights of its VAE are not those that the VAE's config.json states, by "
         f"diffusers' names; {_describe_remedy(Path(folders[0]) / PARTS[1].folder)}, or load the "
-        f"VAE with diffusers' {sd_vae.CLASS_NAME}, and save it again"
+        f"VAE with diffusers' {sd_vae.CLASS_NAME}, and save it again, or copy the folder "
+        "that came with the model"
     ]
 
 
