@@ -290,6 +290,8 @@ class Llama(nnx.Module):
         """
         # Each prompt is read once, not once per completion. With 8 completions of 256 tokens and
         # prompts of 676 that is 2,724 tokens a group instead of 7,456.
+        more = prompts.shape[1] % 2 if attention == "cudnn" else 0
+        prompts, mask = _pad_front(prompts, more, axis=1), _pad_front(mask, more, axis=1)
         prompts = constrain(prompts, "batch", "length", "embed")
         prompt_rope, seen, places = self.rope(compute_positions(mask)), mask, []
         padded = [branch.make_even() if attention == "cudnn" else branch for branch in branches]
@@ -318,7 +320,8 @@ class Llama(nnx.Module):
             tapped = [x[-1][:, : lengths[-1]]]
             x, _ = layers.scan_layers(self.layers, step, x, remat, part=slice(inner, None))
         states = [self.norm(state) for state in x]
-        return [state[:, :end] for state, end in zip(states, lengths, strict=True)] + tapped
+        states = [state[:, :end] for state, end in zip(states, lengths, strict=True)]
+        return [states[0][:, more:], *states[1:], *tapped]
 
     def after_caches(
         self, caches: KVCache, mask: jax.Array, branch: Branch, *,
@@ -330,6 +333,9 @@ class Llama(nnx.Module):
         `prefill` and `extend_caches` return them; `mask` [B, P] is that of their tokens.
         """
         padded = branch.make_even() if attention == "cudnn" else branch
+        more = mask.shape[1] % 2 if attention == "cudnn" else 0
+        caches = jax.tree.map(lambda x: _pad_front(x, more, axis=2), caches)
+        mask = _pad_front(mask, more, axis=1)
         states, _ = self._scan_caches(caches, mask, padded, attention, keep_cache=False)
         return self.norm(states[:, : branch.embeds.shape[1]])
 
@@ -375,6 +381,11 @@ class Llama(nnx.Module):
 
         x, caches = layers.scan_layers(self.layers, step, embeds, remat)
         return self.norm(x), caches
+
+
+def _pad_front(x: jax.Array, count: int, axis: int) -> jax.Array:
+    """Returns an array with `count` zeros in front: padding, which a mask leaves out."""
+    return jnp.pad(x, [(count if place == axis else 0, 0) for place in range(x.ndim)])
 
 
 def compute_positions(mask: jax.Array) -> jax.Array:

@@ -193,8 +193,9 @@ def test_padding_and_neighbours_change_nothing(tiny_config, tiny_params):
         np.testing.assert_allclose(alone[0], batch[row, row:], atol=NETWORK)
 
 
-def test_a_branch_behind_one_of_odd_length_does_not_see_its_padding(
-    tiny_config, tiny_params, monkeypatch
+@pytest.mark.parametrize("first", [4, 3])
+def test_odd_lengths_are_padded_for_cudnn_and_change_nothing(
+    tiny_config, tiny_params, monkeypatch, first
 ):
     """cuDNN needs even lengths; here XLA computes in its place."""
     attend, lengths = llama.attend_causally, set()
@@ -206,16 +207,19 @@ def test_a_branch_behind_one_of_odd_length_does_not_see_its_padding(
     monkeypatch.setattr(llama, "attend_causally", attend_evenly)
     model = network.bind(tiny_config, tiny_params).language_model
     embeds = model.embed_tokens(jnp.arange(3, 3 + 22).reshape(2, 11))
-    prompts, first, second = embeds[:, :4], embeds[:, 4:7], embeds[:, 7:]
-    mask = jnp.array([[False, True, True, True], [True, True, True, True]])
-    branches = llama.Branch(first), llama.Branch(second)  # 3 and 4 tokens, without masks
-    expected, states = (
-        model.read_branches(prompts, mask, branches, attention=kernel)
-        for kernel in ("xla", "cudnn")
-    )
-    assert lengths == {0}
-    for state, right in zip(states[1:], expected[1:], strict=True):
+    prompts, behind, last = embeds[:, 4 - first : 4], embeds[:, 4:7], embeds[:, 7:]
+    mask = jnp.array([[False, True, True, True], [True, True, True, True]])[:, 4 - first :]
+    branches = llama.Branch(behind), llama.Branch(last)  # 3 and 4 tokens, without masks
+    _, caches = model.prefill(prompts, mask)
+
+    def read(kernel):
+        states = model.read_branches(prompts, mask, branches, attention=kernel)
+        after = model.after_caches(caches, mask, branches[0], attention=kernel)
+        return [states[0][mask], *states[1:], after]
+
+    for state, right in zip(read("cudnn"), read("xla"), strict=True):
         np.testing.assert_allclose(state, right, atol=NETWORK)
+    assert lengths == {0}
 
 
 def test_positions_count_kept_tokens():

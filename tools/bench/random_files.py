@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from corl_jax.models import modules
 from corl_jax.params import flatten
+from corl_jax.policies.family import Family
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.weights import storage
 from corl_jax.weights.dtypes import BFLOAT16, to_safetensors_name
@@ -39,14 +40,18 @@ def write_policy(folder: Path, measured: MeasuredFamily, sizes: Any) -> Path:
     """Writes the files of a policy in bfloat16, as published weights are."""
     family = measured.family
     measured.write_processor(folder, sizes)
-    exact = tuple(f"{part}/" for part in family.float32_parts)
     abstract = flatten(family.abstract(sizes))
-    dtypes = {
+    _write_files(folder, family.kind, sizes, abstract, choose_dtypes(family, abstract))
+    return folder
+
+
+def choose_dtypes(family: Family, abstract: Mapping[str, Any]) -> dict[str, np.dtype]:
+    """Returns the types of a policy's parameters in a file: bfloat16, float32 where it must be."""
+    exact = tuple(f"{part}/" for part in family.float32_parts)
+    return {
         path: np.dtype(np.float32) if not x.shape or path.startswith(exact) else BFLOAT16
         for path, x in abstract.items()
     }
-    _write_files(folder, family.kind, sizes, abstract, dtypes)
-    return folder
 
 
 def write_reward_network(folder: Path, name: str, config: Any) -> Path:

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import yaml
 
 from corl_jax.config import files as config_files
@@ -39,15 +38,16 @@ from corl_jax.input_files import parse_path
 from corl_jax.params import flatten
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.checkpoint import KIND
+from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.weights.export_folder import Export, write_export
 from corl_jax.weights.kinds import Assets
 from corl_jax.weights.sources import MemoryLeaves
 from tools.bench import inputs
+from tools.bench.random_files import choose_dtypes, draw_values
 from tools.bench.scoring import UNIFIED
 from tools.bench.sizes import SIZES
 from tools.bench.vocabularies import write_processor
-from tools.bench.weights import draw_params
 
 ROWS = 64
 STEP = re.compile(r"step \d+/")
@@ -57,14 +57,14 @@ TINY = {"data.max_prompt_length": 128, "rollout.max_new_tokens": 8, "train.promp
 def write_model(folder: Path, config: JanusConfig) -> None:
     """Writes random bfloat16 weights, made on the host, with the mini Janus's tokenizer."""
     # bfloat16, as the published weights are stored: loading reads the same number of bytes.
-    params = draw_params(
-        network.abstract(config), 0, jnp.bfloat16, float32_parts=network.FLOAT32_PARTS
-    )
+    abstract = flatten(network.abstract(config))
+    dtypes = choose_dtypes(FAMILY, abstract)
+    leaves = {path: draw_values(path, x.shape, dtypes[path]) for path, x in abstract.items()}
     write_processor(folder.parent / "words", config)
     assets = Assets(folder.parent / "words", "transformers", folder.parent / "words/config.json")
     folder.mkdir()
-    leaves = MemoryLeaves(flatten(jax.device_get(params)))
-    write_export(folder, Export(KIND, "transformers", config, leaves, assets, carried={}))
+    source = MemoryLeaves(leaves)
+    write_export(folder, Export(KIND, "transformers", config, source, assets, carried={}))
 
 
 def write_rows(file: Path, count: int = ROWS, words: int = inputs.CAPTION_WORDS) -> None:
