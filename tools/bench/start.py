@@ -135,6 +135,7 @@ def time_first_step(
                 said.append(line)
                 if seconds is None and STEP.match(line):
                     seconds = time.perf_counter() - began
+                    print(f"{output_dir.name}: {seconds:.1f} s", file=sys.stderr, flush=True)
                     if not saves:
                         return seconds
         finally:
