@@ -1,4 +1,4 @@
-"""Compiles samplers with XLA options, reads XLA's flags, and measures compilation."""
+"""Compiles some programs with XLA options, reads XLA's flags, and measures compilation."""
 
 from __future__ import annotations
 
@@ -76,11 +76,8 @@ class SamplerProgram:
         shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(arguments))
         return functools.partial(compile_ahead, build) if shapes else build
 
-    def _choose_build(self, rows: int, arguments: tuple) -> Callable:
-        # With a traced argument the sampler becomes a part of another program, and XLA takes
-        # options for whole programs only.
-        nested = any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments))
-        if nested or not is_nvidia():
+    def _choose_build(self, rows: int, arguments: Any) -> Callable:
+        if not _takes_options(arguments):
             return self.default
         return (
             self.for_many_rows if rows >= MANY_ROWS * context_batch_shards() else self.for_few_rows
@@ -91,6 +88,40 @@ class SamplerProgram:
         for name in BUILDS:
             if name in vars(self):
                 getattr(self, name).clear_cache()
+
+
+class ExactProgram:
+    """A jitted function of exact float32 products, compiled without Triton on NVIDIA GPUs.
+
+    A captioner of 250 million parameters compiled for 44 s on an H200 with Triton's kernels among
+    those that XLA chooses from; a sampler of a billion, which has them not, for 6 s.
+    """
+
+    def __init__(self, function: Callable, *, static_argnames: Sequence[str]):
+        self._build: Any = functools.partial(jax.jit, function, static_argnames=static_argnames)
+        functools.update_wrapper(self, function)
+
+    @functools.cached_property
+    def default(self) -> Any:
+        """The build with the default options of XLA."""
+        return self._build()
+
+    @functools.cached_property
+    def without_triton(self) -> Any:
+        """The build for NVIDIA GPUs."""
+        return self._build(compiler_options=list_accepted_options(WITHOUT_TRITON))
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        build = self.without_triton if _takes_options(arguments) else self.default
+        return build(*arguments, **options)
+
+
+def _takes_options(arguments: Any) -> bool:
+    """Returns whether a program of these arguments is one that XLA's options for GPUs are for."""
+    # With a traced argument it becomes a part of another program, and XLA takes options for whole
+    # programs only.
+    nested = any(isinstance(x, Tracer) for x in jax.tree.leaves(arguments))
+    return not nested and is_nvidia()
 
 
 def compile_ahead(function: Any, *arguments: Any, **options: Any) -> Any:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from corl_jax.console import hide_import_advice
 from corl_jax.devices.batches import PendingRows, run_in_pieces
+from corl_jax.devices.compiling import ExactProgram
 from corl_jax.errors import InputError, Problems
 from corl_jax.models import modules
 from corl_jax.models.blip import Blip, BlipConfig, BlipTextConfig, DecoderCache, TextDecoder
@@ -101,7 +102,7 @@ def check_assets(checkpoint: Any) -> None:
 # ---- the device program
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings", "max_new_tokens", "dtype"))
+@functools.partial(ExactProgram, static_argnames=("config", "settings", "max_new_tokens", "dtype"))
 def _caption_program(
     config: BlipConfig,
     params: Params,

@@ -20,6 +20,7 @@ import numpy as np
 
 from corl_jax.console import hide_import_advice
 from corl_jax.devices.batches import run_in_pieces
+from corl_jax.devices.compiling import ExactProgram
 from corl_jax.devices.processes import all_gather
 from corl_jax.errors import InputError, Problems
 from corl_jax.models import modules
@@ -30,8 +31,9 @@ from corl_jax.weights.storage import read_json
 
 Texts = Sequence[str | None]
 
-LENGTHS = (16, 32, 64, 128, 256, 512)
-"""Texts are padded to one of these numbers of tokens, so that few programs are compiled."""
+LENGTHS = (64, 128, 512)
+"""Texts are padded to one of these numbers of tokens, so that few programs are compiled: most
+captions and prompts take the first."""
 CHUNK, FEWEST = 64, 8
 """Largest and smallest number of texts in one program."""
 SENTENCE_TOKENS = 256
@@ -104,7 +106,7 @@ def sentence_similarity(
     return np.clip(cosine, 0.0 if clamp else -1.0, 1.0)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layer"))
+@functools.partial(ExactProgram, static_argnames=("config", "layer"))
 def _encode_tokens(
     config: BertConfig, params: Params, ids: jax.Array, lengths: jax.Array, *, layer: int
 ) -> jax.Array:
@@ -115,7 +117,7 @@ def _encode_tokens(
         )
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
+@functools.partial(ExactProgram, static_argnames=("config",))
 def _encode_sentences(
     config: BertConfig, params: Params, ids: jax.Array, lengths: jax.Array
 ) -> jax.Array:
@@ -185,7 +187,7 @@ def _encode(
     groups: dict[int, list[str]] = {length: [] for length in LENGTHS}
     for text, row in ids.items():
         groups[next(length for length in LENGTHS if length >= len(row))].append(text)
-    # Process 0 has 3 texts of up to 16 tokens and process 1 has none: both run that program, with
+    # Process 0 has 3 texts of up to 64 tokens and process 1 has none: both run that program, with
     # 3 rows and padding.
     counts = _find_largest_of_all_processes([len(group) for group in groups.values()])
     run = functools.partial(program, network.config, network.params)

@@ -192,7 +192,7 @@ def test_pieces_and_devices_change_nothing(network, images, tokens, mesh):
 
 
 def test_one_program_serves_all_images_of_a_size(network, images):
-    program = captions._caption_program
+    program = captions._caption_program.default
     captions.caption_images(network, images[:4], max_new_tokens=3, chunk=2)()
     compiled = program._cache_size()
     captions.caption_images(network, 255 - images[:8], max_new_tokens=3, chunk=2)()

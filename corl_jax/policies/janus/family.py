@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from corl_jax.models.attention import choose_training_kernel
 from corl_jax.models.lora import Lora
 from corl_jax.policies.family import Adapters, Family, HiddenStates, Limits, TurnProgram
 from corl_jax.policies.janus import (
@@ -64,8 +65,12 @@ def compute_hidden_states(
     assert prompts.pixel_values is not None
     features = model.image_features(prompts.pixel_values)
     embeds = model.prompt_embeds(prompts.input_ids, special.image, features)
+    kernel = choose_training_kernel(dtype, sizes.llama.head_dim)
+    (hidden,) = model.language_model.read_branches(
+        embeds, prompts.attention_mask, (), attention=kernel
+    )
     # float32: R_TIM takes cosines of these states, which the released code computes in bfloat16.
-    return model.language_model(embeds, prompts.attention_mask).astype(jnp.float32)
+    return hidden.astype(jnp.float32)
 
 
 def _normalise_pixels(processor: Processor, pixels: jax.Array) -> jax.Array:
