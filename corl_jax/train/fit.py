@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
+from corl_jax.atomic_files import check_not_read
 from corl_jax.config.readers import has_reader
 from corl_jax.config.schema import Config
 from corl_jax.devices import batches
 from corl_jax.devices.mesh import find_layout_problems
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.models.lora import Lora
 from corl_jax.nearest import nearest_multiples, suggest_name
 from corl_jax.params import leaf_paths, partition
+from corl_jax.policies import PolicyFiles
 from corl_jax.policies.family import Family, Limits
+from corl_jax.rewards.networks import CheckedNetwork
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import list_place_problems
 from corl_jax.sampling_options import choose_cfg_scale
@@ -26,6 +29,7 @@ from corl_jax.train.optimizer import is_in_group
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Params, Sizes
 from corl_jax.weights.export import check_export
+from corl_jax.weights.parts import list_read_folders
 
 
 def trained_patterns(config: Config, family: Family) -> Sequence[str]:
@@ -208,6 +212,19 @@ def _find_export_problems(config: Config, family: Family, sizes: Sizes) -> list[
             "loads an adapter onto transformers' model alone: set export.lora to merged"
         )
     return problems
+
+
+def find_replaced_models(
+    config: Config, model: PolicyFiles, checked_networks: Iterable[CheckedNetwork]
+) -> list[str]:
+    """Returns a problem if the run's export takes the place of the model, or of a scorer."""
+    # Also with export.layout none: an older export is moved away, and no resume finds the model.
+    folder, problems = RunDir(Path(config.output_dir)).export, Problems()
+    scorers = (network.policy for network in checked_networks)
+    for files in filter(None, (model, *scorers)):
+        read_folders = list_read_folders(files.folder, files.family.kind)
+        problems.attempt(check_not_read, folder, read_folders, "output_dir: its export")
+    return [*problems]
 
 
 def find_trainable_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:

@@ -791,6 +791,20 @@ def test_warmup_that_outlasts_the_epochs_is_refused(options):
     assert len(error.value.problems) == 1
 
 
+@pytest.mark.parametrize("layout", ["transformers", "none"])
+def test_a_run_does_not_replace_the_model_that_it_reads(options, tmp_path, layout):
+    """Neither by its export nor by moving an older one away."""
+    model = Path(options()["model"]["path"])
+    export = tmp_path / "earlier" / "export"
+    shutil.copytree(model, export)
+    tree = options(output_dir=str(export.parent), export={"layout": layout})
+    refused = f"output_dir: its export {export}: is a model to read"
+    tree["model"]["path"] = str(export)
+    with pytest.raises(InputError, match=re.escape(refused)):
+        resolve.resolve_run(config_files.validate(tree, "test"))
+    resolve.resolve_run(config_files.validate(tree | {"output_dir": str(tmp_path / "new")}, "test"))
+
+
 def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
     """Whatever is trained."""
     extra = {"spec": "{}", "category": "counting"}
