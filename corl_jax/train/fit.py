@@ -143,7 +143,7 @@ def find_model_problems(
     limits = family.limits(sizes)
     problems = find_trainable_problems(config, family, sizes) + find_target_problems(config, family)
     problems += find_length_problems(config, limits) + _find_export_problems(config, family, sizes)
-    problems += find_window_problems(config, family, limits)
+    problems += find_drawing_problems(config, family, limits)
     if mesh is None:
         return problems
     problems += find_mesh_problems(family, sizes, mesh)
@@ -178,6 +178,21 @@ def find_length_problems(config: Config, limits: Limits) -> list[str]:
         f"data.max_prompt_length: {config.data.max_prompt_length} plus a completion is {longest} "
         f"tokens; the model has positions for {limits.positions}"
     ]
+
+
+def find_drawing_problems(config: Config, family: Family, limits: Limits) -> list[str]:
+    """Returns the windows of codes and the scored steps that no image has."""
+    problems = find_window_problems(config, family, limits)
+    scored, usual = config.unmasking.scored_steps, limits.unmasking_steps
+    if usual is None or not has_reader(config, "unmasking.scored_steps"):
+        return problems
+    steps = config.unmasking.steps or usual
+    if scored > steps:
+        problems.append(
+            f"unmasking.scored_steps: found {scored}, but an image is drawn in {steps} steps; "
+            "expected at most as many; lower it, or set it to 0 to score all"
+        )
+    return problems
 
 
 def find_window_problems(config: Config, family: Family, limits: Limits) -> list[str]:

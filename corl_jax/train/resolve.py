@@ -123,7 +123,7 @@ def outline_run(
     problems.add(find_table_problems(config))
     missing = find_missing_abilities(config, stage, family, sizes)
     problems.add([*missing, *find_denoising_problems(config, stage, family, sizes)])
-    problems.add(fit.find_window_problems(config, family, family.limits(sizes)))
+    problems.add(fit.find_drawing_problems(config, family, family.limits(sizes)))
     axes = config.mesh
     mesh = problems.attempt(make_mesh, axes.data, axes.fsdp, axes.tensor, devices)
     sizes = problems.attempt(fit.add_parts, config, family, sizes) or sizes

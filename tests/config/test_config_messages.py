@@ -230,9 +230,6 @@ def test_overrides_leave_an_alias_of_the_file_alone(tmp_path):
         ("rollout.top_p=2", "rollout.top_p: found 2, expected a number > 0 and <= 1"),
         ("denoising.eval_steps=10001",
          "denoising.eval_steps: found 10001, expected an integer >= 1 and <= 10000"),
-        ("unmasking.scored_steps=51",
-         "unmasking.scored_steps: found 51, but an image is drawn in at most 50 steps; expected at "
-         "most as many; lower it, or set it to 0 to score all"),
         ("mesh.data=0", "mesh.data: found 0; expected -1, or 1 or more"),
         ("model.dtype=float16",
          "model.dtype: found 'float16', expected one of float32, bfloat16"),
