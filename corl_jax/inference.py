@@ -95,13 +95,14 @@ def check_options(options: argparse.Namespace, spell: SpellOption, problems: Pro
 
 
 def check_image_options(
-    options: argparse.Namespace, spell: SpellOption, problems: Problems
-) -> None:
+    options: argparse.Namespace, spell: SpellOption, problems: Problems,
+    max_steps: int = MAX_IMAGE_STEPS,
+) -> None:  # fmt: skip
     """Adds problems of the options of images."""
     check_options(options, spell, problems)
     problems.add(check_number(spell("cfg_scale"), options.cfg_scale, 0))
     steps = options.image_steps
-    problems.add(check_number(spell("image_steps"), steps, 1, MAX_IMAGE_STEPS, whole=True))
+    problems.add(check_number(spell("image_steps"), steps, 1, max_steps, whole=True))
     check_token_options(options, spell, problems)
     if not options.think:
         problems.add(

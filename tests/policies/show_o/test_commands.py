@@ -85,9 +85,12 @@ def test_a_server_takes_the_number_of_steps(model):
     np.testing.assert_array_equal(sample.pixels, np.asarray(expected))
     other = engine.prepare_images(requests.read_image_request(body | {"image_steps": 4}, side))
     assert other.program != job.program
-    for steps, text in ((0, "found 0"), (2000, "at most 1024"), (True, "true or false"), (2.5, "")):
-        with pytest.raises(requests.ApiError, match=f"image_steps: .*{text}"):
+    requests.read_image_request(body | {"image_steps": 1024}, side)
+    for steps, text in ((0, "found 0"), (1025, "at most 1024"), (10_001, "at most 1024"),
+                        (True, "true or false"), (2.5, "")):  # fmt: skip
+        with pytest.raises(requests.ApiError, match=f"image_steps: .*{text}") as error:
             requests.read_image_request(body | {"image_steps": steps}, side)
+        assert error.value.message.count("image_steps") == 1
     nano = Engine(corl_jax.load("nano", dtype="float32").policy, jnp.dtype("float32"), 1)
     with pytest.raises(requests.ApiError, match="image_steps: found 3; a janus draws") as error:
         nano.prepare_images(requests.read_image_request(body, 32))
