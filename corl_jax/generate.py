@@ -75,14 +75,15 @@ def check_image(args: argparse.Namespace) -> list[str]:
     """
     from corl_jax.policies import inspect_policy
 
-    problems = Problems()
-    check_image_options(args, spell_image_option, problems)
+    problems, model = Problems(), None
+    with problems.collect("--model: "):
+        model = inspect_policy(args.model)
+    check_image_options(args, spell_image_option, problems, model.family if model else None)
     problems.attempt(check_output_folder, args.out, "--out")
     prompts = read_image_prompts(args, problems)
     user_options = argparse.Namespace(**vars(args))
     problems.add(complete_options(args, list_image_options(args)))
-    with problems.collect("--model: "):
-        model = inspect_policy(args.model)
+    if model:
         problems.add(find_unread_image_options(model, user_options, spell_image_option))
         problems.add(find_long_prompts(model, args, prompts, spell_image_option))
         problems.attempt(cut_given_image, model, args, spell_image_option)

@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from corl_jax.config.fields import MAX_IMAGE_STEPS
+from corl_jax.config.fields import LARGEST, MAX_IMAGE_STEPS
 from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
 from corl_jax.errors import InputError, Problems
 from corl_jax.sampling_options import (
+    FLOAT32,
     HARMLESS,
-    LARGEST,
     find_temperature_problems,
     is_number,
 )
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from corl_jax.data.questions import ImageQuestion
     from corl_jax.policies import Model, PolicyFiles
     from corl_jax.policies.batched import Sample
-    from corl_jax.policies.family import SamplingOptions
+    from corl_jax.policies.family import Family, SamplingOptions
 
 MAX_SEED = 2**32 - 1
 DTYPES = ("float32", "bfloat16")
@@ -75,16 +75,21 @@ def check_number(name: str, value: Any, low: float, high=math.inf, *, above=Fals
         return []
     bounds = f"{'above' if above else 'at least'} {low}"
     bounds += f" and at most {high}" if math.isfinite(high) else ""
+    if high == math.inf and not whole and is_number(value) and LARGEST < value < math.inf:
+        return [f"{name}: found {value}; {FLOAT32}"]
     shown = value if is_number(value) else repr(value)
     return [f"{name}: found {shown}; expected a {'whole ' if whole else ''}number {bounds}"]
 
 
-def check_options(options: argparse.Namespace, spell: SpellOption, problems: Problems) -> None:
+def check_options(
+    options: argparse.Namespace, spell: SpellOption, problems: Problems, *,
+    takes_greedy: bool = True,
+) -> None:  # fmt: skip
     """Adds problems of the options that images and answers have."""
     for name in ("batch_size", "samples"):
         problems.add(check_number(spell(name), getattr(options, name), 1, whole=True))
     problems.add(check_number(spell("seed"), options.seed, 0, MAX_SEED, whole=True))
-    problems.add(find_temperature_problems(options.temperature, spell))
+    problems.add(find_temperature_problems(options.temperature, spell, takes_greedy=takes_greedy))
     if options.greedy:
         problems.add(
             f"{spell(name)}: found {value:g}, which {spell('greedy')} would ignore; leave one of "
@@ -96,10 +101,11 @@ def check_options(options: argparse.Namespace, spell: SpellOption, problems: Pro
 
 def check_image_options(
     options: argparse.Namespace, spell: SpellOption, problems: Problems,
-    max_steps: int = MAX_IMAGE_STEPS,
+    family: Family | None = None, max_steps: int = MAX_IMAGE_STEPS,
 ) -> None:  # fmt: skip
-    """Adds problems of the options of images."""
-    check_options(options, spell, problems)
+    """Adds problems of the options of images; `family` None: the model is not known."""
+    takes_greedy = family is None or not family.denoises
+    check_options(options, spell, problems, takes_greedy=takes_greedy)
     problems.add(check_number(spell("cfg_scale"), options.cfg_scale, 0))
     steps = options.image_steps
     problems.add(check_number(spell("image_steps"), steps, 1, max_steps, whole=True))

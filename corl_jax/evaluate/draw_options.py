@@ -145,9 +145,7 @@ def find_option_problems(args: argparse.Namespace, writer: Writer, samples: int)
     problems.add(check_number("--seed", args.seed, 0, MAX_SEED))
     problems.add(check_number("--cfg-scale", args.cfg_scale, 0))
     # Not greedy: a benchmark takes samples.
-    problems.add(
-        line.partition("; give --greedy")[0] for line in find_temperature_problems(args.temperature)
-    )
+    problems.add(find_temperature_problems(args.temperature, takes_greedy=False))
     return list(problems)
 
 

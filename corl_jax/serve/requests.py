@@ -122,7 +122,7 @@ def read_image_request(body: Any, side: int) -> ImageRequest:
         body, cfg_scale=body.get("cfg_scale"), image_steps=body.get("image_steps"), think=False,
         spread_steps=False, top_k=None, top_p=None, max_new_tokens=None,
     )  # fmt: skip
-    check_image_options(options, spell_image_field, problems, MAX_SERVED_STEPS)
+    check_image_options(options, spell_image_field, problems, max_steps=MAX_SERVED_STEPS)
     prompt = body.get("prompt")
     problems.add(find_text_problems("prompt", prompt))
     if isinstance(prompt, str) and len(prompt) > MAX_TEXT:
