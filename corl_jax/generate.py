@@ -22,6 +22,7 @@ from corl_jax.errors import InputError, Problems, exit_on_input_error
 from corl_jax.inference import (
     DTYPES,
     TEXT_OPTIONS,
+    add_image_steps_option,
     check_image_options,
     check_text_options,
     cut_given_image,
@@ -271,10 +272,7 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     add("--cfg-scale", type=float,
         help=f"scale of guidance; 1: no guidance ({describe_default('cfg_scale')}, 2 for a "
         "JanusFlow)")  # fmt: skip
-    add("--image-steps", type=int, metavar="N",
-        help="steps of a model that draws the codes of an image in any order, such as Show-o "
-        "(default 16 for images of up to 256 codes, else 50), or that makes images by denoising, "
-        "such as JanusFlow (default 30)")  # fmt: skip
+    add_image_steps_option(parser)
     add("--inpaint", type=parse_place, metavar="IMAGE",
         help="draw a part of this image anew and keep the rest, with --mask; of models that draw "
         "codes in any order, such as Show-o")  # fmt: skip

@@ -288,11 +288,34 @@ def _find_long_rows(
 # ---- sampling
 
 
+def add_image_steps_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that chooses the number of steps in which an image is drawn."""
+    parser.add_argument(
+        "--image-steps", type=int, metavar="N",
+        help="steps of a model that draws the codes of an image in any order, such as Show-o "
+        "(default 16 for images of up to 256 codes, else 50), or that makes images by denoising, "
+        "such as JanusFlow (default 30)",
+    )  # fmt: skip
+
+
+def choose_steps(image_steps: int | None, *, spread: bool = False) -> dict[str, Any]:
+    """Returns the sampler's options of the steps of an image; None: as many as usual.
+
+    `spread`: over the codes that are drawn of a given image, not over all codes.
+    """
+    from corl_jax.policies.family import Denoising, Unmasking
+
+    return {
+        "unmasking": Unmasking(image_steps, "none", count_unknown=spread),
+        "denoising": Denoising(image_steps or Denoising.steps),
+    }
+
+
 def choose_image_sampling(
     model: PolicyFiles, dtype: Any, options: argparse.Namespace
 ) -> SamplingOptions:
     """Returns the sampler's options of images; the options must be complete."""
-    from corl_jax.policies.family import Denoising, SamplingOptions, Unmasking
+    from corl_jax.policies.family import SamplingOptions
 
     return SamplingOptions(
         special=model.processor.special, cfg_scale=options.cfg_scale, greedy=options.greedy,
@@ -300,8 +323,7 @@ def choose_image_sampling(
         # of plans; None without plans, and the first two if greedy
         top_k=options.top_k or 0, top_p=options.top_p or 1.0,
         max_new_tokens=options.max_new_tokens or 1,
-        unmasking=Unmasking(options.image_steps, "none", count_unknown=options.spread_steps),
-        denoising=Denoising(options.image_steps or Denoising.steps),
+        **choose_steps(options.image_steps, spread=options.spread_steps),
     )  # fmt: skip
 
 

@@ -552,7 +552,7 @@ def test_options_that_a_model_does_not_read_are_refused(model_dir, tmp_path, cap
     assert "--cfg-scale: found 1e+308; expected a number that float32 holds, of 1.2e-38" in message
     loaded = corl_jax.load(flow, dtype="float32")
     for temperature in (1e39, 1e-39):
-        with pytest.raises(InputError, match="temperature: .* that float32 holds"):
+        with pytest.raises(InputError, match=r"temperature: .* that float32 holds"):
             loaded.generate_images("a", think=True, temperature=temperature)
     with pytest.raises(InputError, match="greedy: a janus_flow makes"):
         loaded.generate_images("a", greedy=True)
