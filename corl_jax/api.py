@@ -132,7 +132,7 @@ class LoadedModel:
         """
         texts, problems = _list_values(prompts), Problems()
         request = self._make_request(ImageKeywords, options, n)
-        inference.check_image_options(request, _spell_keyword, problems)
+        inference.check_image_options(request, _spell_keyword, problems, self.policy.family)
         for name in ("inpaint", "mask"):
             if (value := getattr(request, name)) is not None:
                 setattr(request, name, _read_image(value, name, problems))

@@ -22,6 +22,7 @@ from corl_jax.errors import InputError, Problems, exit_on_input_error
 from corl_jax.inference import (
     DTYPES,
     TEXT_OPTIONS,
+    add_image_steps_option,
     check_image_options,
     check_text_options,
     cut_given_image,
@@ -75,14 +76,15 @@ def check_image(args: argparse.Namespace) -> list[str]:
     """
     from corl_jax.policies import inspect_policy
 
-    problems = Problems()
-    check_image_options(args, spell_image_option, problems)
+    problems, model = Problems(), None
+    with problems.collect("--model: "):
+        model = inspect_policy(args.model)
+    check_image_options(args, spell_image_option, problems, model.family if model else None)
     problems.attempt(check_output_folder, args.out, "--out")
     prompts = read_image_prompts(args, problems)
     user_options = argparse.Namespace(**vars(args))
     problems.add(complete_options(args, list_image_options(args)))
-    with problems.collect("--model: "):
-        model = inspect_policy(args.model)
+    if model:
         problems.add(find_unread_image_options(model, user_options, spell_image_option))
         problems.add(find_long_prompts(model, args, prompts, spell_image_option))
         problems.attempt(cut_given_image, model, args, spell_image_option)
@@ -270,10 +272,7 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     add("--cfg-scale", type=float,
         help=f"scale of guidance; 1: no guidance ({describe_default('cfg_scale')}, 2 for a "
         "JanusFlow)")  # fmt: skip
-    add("--image-steps", type=int, metavar="N",
-        help="steps of a model that draws the codes of an image in any order, such as Show-o "
-        "(default 16 for images of up to 256 codes, else 50), or that makes images by denoising, "
-        "such as JanusFlow (default 30)")  # fmt: skip
+    add_image_steps_option(parser)
     add("--inpaint", type=parse_place, metavar="IMAGE",
         help="draw a part of this image anew and keep the rest, with --mask; of models that draw "
         "codes in any order, such as Show-o")  # fmt: skip

@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from corl_jax.config.fields import MAX_IMAGE_STEPS
+from corl_jax.config.fields import LARGEST, MAX_IMAGE_STEPS
 from corl_jax.data.instructions import INSTRUCTIONS, add_instruction
 from corl_jax.errors import InputError, Problems
 from corl_jax.sampling_options import (
+    FLOAT32,
     HARMLESS,
-    LARGEST,
     find_temperature_problems,
     is_number,
 )
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from corl_jax.data.questions import ImageQuestion
     from corl_jax.policies import Model, PolicyFiles
     from corl_jax.policies.batched import Sample
-    from corl_jax.policies.family import SamplingOptions
+    from corl_jax.policies.family import Family, SamplingOptions
 
 MAX_SEED = 2**32 - 1
 DTYPES = ("float32", "bfloat16")
@@ -75,16 +75,21 @@ def check_number(name: str, value: Any, low: float, high=math.inf, *, above=Fals
         return []
     bounds = f"{'above' if above else 'at least'} {low}"
     bounds += f" and at most {high}" if math.isfinite(high) else ""
+    if high == math.inf and not whole and is_number(value) and LARGEST < value < math.inf:
+        return [f"{name}: found {value}; {FLOAT32}"]
     shown = value if is_number(value) else repr(value)
     return [f"{name}: found {shown}; expected a {'whole ' if whole else ''}number {bounds}"]
 
 
-def check_options(options: argparse.Namespace, spell: SpellOption, problems: Problems) -> None:
+def check_options(
+    options: argparse.Namespace, spell: SpellOption, problems: Problems, *,
+    takes_greedy: bool = True,
+) -> None:  # fmt: skip
     """Adds problems of the options that images and answers have."""
     for name in ("batch_size", "samples"):
         problems.add(check_number(spell(name), getattr(options, name), 1, whole=True))
     problems.add(check_number(spell("seed"), options.seed, 0, MAX_SEED, whole=True))
-    problems.add(find_temperature_problems(options.temperature, spell))
+    problems.add(find_temperature_problems(options.temperature, spell, takes_greedy=takes_greedy))
     if options.greedy:
         problems.add(
             f"{spell(name)}: found {value:g}, which {spell('greedy')} would ignore; leave one of "
@@ -95,13 +100,15 @@ def check_options(options: argparse.Namespace, spell: SpellOption, problems: Pro
 
 
 def check_image_options(
-    options: argparse.Namespace, spell: SpellOption, problems: Problems
-) -> None:
-    """Adds problems of the options of images."""
-    check_options(options, spell, problems)
+    options: argparse.Namespace, spell: SpellOption, problems: Problems,
+    family: Family | None = None, max_steps: int = MAX_IMAGE_STEPS,
+) -> None:  # fmt: skip
+    """Adds problems of the options of images; `family` None: the model is not known."""
+    takes_greedy = family is None or not family.denoises
+    check_options(options, spell, problems, takes_greedy=takes_greedy)
     problems.add(check_number(spell("cfg_scale"), options.cfg_scale, 0))
     steps = options.image_steps
-    problems.add(check_number(spell("image_steps"), steps, 1, MAX_IMAGE_STEPS, whole=True))
+    problems.add(check_number(spell("image_steps"), steps, 1, max_steps, whole=True))
     check_token_options(options, spell, problems)
     if not options.think:
         problems.add(
@@ -281,11 +288,34 @@ def _find_long_rows(
 # ---- sampling
 
 
+def add_image_steps_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that chooses the number of steps in which an image is drawn."""
+    parser.add_argument(
+        "--image-steps", type=int, metavar="N",
+        help="steps of a model that draws the codes of an image in any order, such as Show-o "
+        "(default 16 for images of up to 256 codes, else 50), or that makes images by denoising, "
+        "such as JanusFlow (default 30)",
+    )  # fmt: skip
+
+
+def choose_steps(image_steps: int | None, *, spread: bool = False) -> dict[str, Any]:
+    """Returns the sampler's options of the steps of an image; None: as many as usual.
+
+    `spread`: over the codes that are drawn of a given image, not over all codes.
+    """
+    from corl_jax.policies.family import Denoising, Unmasking
+
+    return {
+        "unmasking": Unmasking(image_steps, "none", count_unknown=spread),
+        "denoising": Denoising(image_steps or Denoising.steps),
+    }
+
+
 def choose_image_sampling(
     model: PolicyFiles, dtype: Any, options: argparse.Namespace
 ) -> SamplingOptions:
     """Returns the sampler's options of images; the options must be complete."""
-    from corl_jax.policies.family import Denoising, SamplingOptions, Unmasking
+    from corl_jax.policies.family import SamplingOptions
 
     return SamplingOptions(
         special=model.processor.special, cfg_scale=options.cfg_scale, greedy=options.greedy,
@@ -293,8 +323,7 @@ def choose_image_sampling(
         # of plans; None without plans, and the first two if greedy
         top_k=options.top_k or 0, top_p=options.top_p or 1.0,
         max_new_tokens=options.max_new_tokens or 1,
-        unmasking=Unmasking(options.image_steps, "none", count_unknown=options.spread_steps),
-        denoising=Denoising(options.image_steps or Denoising.steps),
+        **choose_steps(options.image_steps, spread=options.spread_steps),
     )  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import numbers
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from corl_jax.config.fields import LARGEST, LEAST
 from corl_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
 
 A family may have others, see `policies.family.Family.defaults`.
 """
-LARGEST = sys.float_info.max
+FLOAT32 = f"expected a number that float32 holds, of {LEAST:.2g} to {LARGEST:.2g}"
 HARMLESS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # values that change no distribution
 
 
@@ -45,16 +47,21 @@ def is_number(value: Any, *, whole: bool = False) -> bool:
     return isinstance(value, numbers.Integral if whole else numbers.Real)
 
 
-def find_temperature_problems(value: Any, spell: Callable[[str], str] = spell_option) -> list[str]:
+def find_temperature_problems(
+    value: Any, spell: Callable[[str], str] = spell_option, *, takes_greedy: bool = True
+) -> list[str]:
     """Returns a problem for a temperature that cannot divide logits.
 
-    `spell` returns the name of an option in messages.
+    `spell` returns the name of an option in messages. `takes_greedy`: `greedy` may be advised.
     """
-    if value is None or (is_number(value) and 0 < value <= LARGEST):
+    if value is None or (is_number(value) and LEAST <= value <= LARGEST):
         return []
+    if is_number(value) and 0 < value < math.inf:
+        return [f"{spell('temperature')}: found {value}; {FLOAT32}"]
     # Other programs take 0 for greedy decoding.
-    remedy = f"; give {spell('greedy')} in its place to take the likeliest" if value == 0 else ""
-    return [f"{spell('temperature')}: found {value}; expected a number above 0{remedy}"]
+    remedy = f"; give {spell('greedy')} in its place to take the likeliest"
+    shown = remedy if value == 0 and takes_greedy else ""
+    return [f"{spell('temperature')}: found {value}; expected a number above 0{shown}"]
 
 
 def complete_options(args: argparse.Namespace, names: Sequence[str]) -> list[str]:

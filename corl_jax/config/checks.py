@@ -19,8 +19,6 @@ from corl_jax.tasks import TASKS, choose_tasks
 if TYPE_CHECKING:
     from corl_jax.config.schema import Config
 
-MOST_USUAL_STEPS = 50
-"""Steps in which a large image is drawn where unmasking.steps is null; a small one has fewer."""
 REWARD_GRACE_S = 1.0
 """Seconds beyond its timeout_s that a reward by `use` has to end tidily."""
 
@@ -35,7 +33,6 @@ def check_options_together(config: Config) -> None:
     _check_batches(config, problems)
     _check_data(config, problems)
     _check_sampling(config, problems)
-    _check_unmasking(config, problems)
     _check_fine_tuning(config, problems)
     _check_rewards(config, problems)
     _check_guards(config, problems)
@@ -102,17 +99,6 @@ def _check_sampling(config: Config, problems: Problems) -> None:
     if config.compat.text_top_k_50 and config.rollout.top_k not in (0, 50):
         problems.add(
             f"rollout.top_k: {config.rollout.top_k} contradicts compat.text_top_k_50; drop one"
-        )
-
-
-def _check_unmasking(config: Config, problems: Problems) -> None:
-    options = config.unmasking
-    steps = options.steps or MOST_USUAL_STEPS
-    if options.scored_steps > steps:
-        drawn = f"{steps} steps" if options.steps else f"at most {steps} steps"
-        problems.add(
-            f"unmasking.scored_steps: found {options.scored_steps}, but an image is drawn in "
-            f"{drawn}; expected at most as many; lower it, or set it to 0 to score all"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from corl_jax.errors import InputError
@@ -17,8 +18,19 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 ImageSteps = Annotated[int, Field(gt=0, le=MAX_IMAGE_STEPS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LEAST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""Bounds of the positive numbers that float32, in which options are computed with, holds."""
+
+
+def _check_float32(number: float) -> float:
+    if number != 0 and not LEAST <= number <= LARGEST:
+        raise ValueError(f"expected a number that float32 holds, of {LEAST:.2g} to {LARGEST:.2g}")
+    return number
+
+
+_Float32 = AfterValidator(_check_float32)
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), _Float32]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), _Float32]
 
 
 def _refuse_zero(size: int) -> int:

@@ -18,6 +18,9 @@ LONG_TASKS = tuple(name for name, task in TASKS.items() if task.has_several_segm
 HTTP_REWARDS = ("http", "http_texts")
 """Rewards of the registry that may fail, because servers compute them."""
 
+REWARD_SUITE = "rewards"
+"""The suite that scores the run's own rewards, on what the sampler of its rollouts makes."""
+
 SWITCH_USERS = {
     "mc_as_open_ended": ("qa_accuracy",),
     "answer_single_line": ("qa_accuracy", "oc_accuracy"),
@@ -84,6 +87,16 @@ def _draws_images(config: Config) -> bool:
     return _evaluates(config) or _shows_images(config)
 
 
+def _draws_as_rollouts(config: Config) -> bool:
+    """Returns whether a run draws images with the sampler of its rollouts.
+
+    Suites that score no rewards draw with the model's usual number of steps.
+    """
+    suites = {config.eval.suite, *(entry.suite for entry in config.eval.suites)}
+    draws = STAGE_FACTS[config.stage].has_rollouts and _makes(config, IMAGES)
+    return draws or REWARD_SUITE in suites or _shows_images(config)
+
+
 def _shows_images(config: Config) -> bool:
     """Returns whether a run shows images of fixed prompts."""
     facts = STAGE_FACTS[config.stage]
@@ -143,9 +156,13 @@ READERS = (
         lambda config, _: _makes(config, IMAGES) or _evaluates(config),
     ),
     Reader(
-        r"rollout\.image_window|unmasking\.steps|denoising\.(schedule|shift)",
+        r"rollout\.image_window|denoising\.(schedule|shift)",
         "a rollout of images, an eval.suite or log.images_every",
         lambda config, _: _draws_images(config),
+    ),
+    Reader(
+        r"unmasking\.steps", f"a rollout of images, the suite {REWARD_SUITE} or log.images_every",
+        lambda config, _: _draws_as_rollouts(config),
     ),
     Reader(
         r"denoising\.eval_steps", "an eval.suite or log.images_every with a task that makes images",

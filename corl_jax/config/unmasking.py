@@ -12,8 +12,8 @@ class Unmasking(Section):
 
     steps: ImageSteps | None = option(
         None,
-        "Steps in which the sampler draws an image. null: 16 for images of up to 256 codes, else "
-        "50.",
+        "Steps in which rollouts, the suite rewards and log.images_every draw an image. null: 16 "
+        "for images of up to 256 codes, else 50, as all other suites draw.",
     )
     logprobs: Literal["one_shot", "complement", "trajectory"] = option(
         "one_shot",

@@ -8,8 +8,15 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corl_jax.config.fields import MAX_IMAGE_STEPS
 from corl_jax.errors import InputError, Problems
-from corl_jax.inference import DTYPES, MAX_SEED, check_number, find_unread_image_options
+from corl_jax.inference import (
+    DTYPES,
+    MAX_SEED,
+    add_image_steps_option,
+    check_number,
+    find_unread_image_options,
+)
 from corl_jax.input_files import parse_path, parse_place
 from corl_jax.sampling_options import (
     DEFAULTS,
@@ -46,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, needs_prompts: bool = True
     add("--cfg-scale", type=float,
         help=f"scale of guidance; 1: none (default {DEFAULTS['cfg_scale']:g} for every checkpoint, "
         "2 for a JanusFlow)")  # fmt: skip
+    add_image_steps_option(parser)
     add("--temperature", type=float, default=TEMPERATURE,
         help="divides the logits (default %(default)g for every checkpoint)")  # fmt: skip
     add("--roles", metavar="pro|old",
@@ -144,10 +152,9 @@ def find_option_problems(args: argparse.Namespace, writer: Writer, samples: int)
         )
     problems.add(check_number("--seed", args.seed, 0, MAX_SEED))
     problems.add(check_number("--cfg-scale", args.cfg_scale, 0))
+    problems.add(check_number("--image-steps", args.image_steps, 1, MAX_IMAGE_STEPS, whole=True))
     # Not greedy: a benchmark takes samples.
-    problems.add(
-        line.partition("; give --greedy")[0] for line in find_temperature_problems(args.temperature)
-    )
+    problems.add(find_temperature_problems(args.temperature, takes_greedy=False))
     return list(problems)
 
 
@@ -209,7 +216,7 @@ def check_model(
         return None, described
     args.cfg_scale = choose_cfg_scale(args.cfg_scale, model.family)
     chosen = argparse.Namespace(
-        image_steps=None, temperature=args.temperature, greedy=False, think=False
+        image_steps=args.image_steps, temperature=args.temperature, greedy=False, think=False
     )
     problems.add(find_unread_image_options(model, chosen, spell_option))
     choose_roles = model.family.choose_roles
@@ -270,6 +277,7 @@ def describe_settings(
         "suite": args.suite,
         "seed": args.seed,
         "cfg_scale": args.cfg_scale,
+        "image_steps": args.image_steps,
         "temperature": args.temperature,
         "images_per_prompt": samples,
         "system_prompt": "",

@@ -48,7 +48,7 @@ from corl_jax.evaluation.manifest import (
     read_manifest,
 )
 from corl_jax.evaluation.writers.writer import ImageFile, Outcome
-from corl_jax.inference import choose_dtype
+from corl_jax.inference import choose_dtype, choose_steps
 from corl_jax.policies import load_policy
 from corl_jax.policies.family import SamplingOptions
 from corl_jax.rewards.samples import Policy
@@ -189,7 +189,7 @@ def draw_missing(
     policy = load_drawing_policy(plan, dtype, mesh)
     sampling = SamplingOptions(
         special=policy.processor.special, cfg_scale=args.cfg_scale, temperature=args.temperature,
-        dtype=dtype,
+        dtype=dtype, **choose_steps(args.image_steps),
     )  # fmt: skip
     texts = [prompt.text for prompt in plan.prompts.prompts]
     images = draw_prompts(
@@ -285,12 +285,18 @@ def tell_plan(plan: DrawPlan) -> None:
             f"{plan.writer.title} need all"
         )
     lines.append(
-        f"sampling: cfg_scale {settings['cfg_scale']:g}, temperature {settings['temperature']:g}, "
-        f"seed {settings['seed']}, no system prompt; generation_config.json is not read"
+        f"sampling: cfg_scale {settings['cfg_scale']:g}, {describe_steps(settings)}"
+        f"temperature {settings['temperature']:g}, seed {settings['seed']}, no system prompt; "
+        "generation_config.json is not read"
     )
     template = describe_template(settings)
     lines.append(f"prompt: {template}; the longest has {plan.longest} tokens")
     sys.stderr.writelines(f"{line}\n" for line in lines)
+
+
+def describe_steps(settings: dict[str, Any]) -> str:
+    """Returns the chosen number of steps of an image, to stand in a list; else nothing."""
+    return f"image_steps {steps}, " if (steps := settings["image_steps"]) else ""
 
 
 def describe_template(settings: dict[str, Any]) -> str:
@@ -308,7 +314,7 @@ def tell_drawing(drawing: Drawing) -> None:
     rows = {
         "suite": f"{settings['suite']}: {plan.rows:,} prompts x {plan.samples} images",
         "model": f"{settings['model']} (weights {settings['model_sha256'][:16]})",
-        "settings": f"cfg_scale {settings['cfg_scale']:g}, temperature "
+        "settings": f"cfg_scale {settings['cfg_scale']:g}, {describe_steps(settings)}temperature "
         f"{settings['temperature']:g}, seed {settings['seed']}, {settings['dtype']}",
         "prompt": describe_template(settings),
         "version": f"corl_jax {settings['corl_jax_version']}, "

@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 100
 FORMAT = "corl-jax evaluate --suite own_answers, 1"
 DRAWING_OPTIONS = (
-    "prompts", "images_per_prompt", "rows", "seed", "cfg_scale", "temperature", "mesh",
+    "prompts", "images_per_prompt", "rows", "seed", "cfg_scale", "image_steps", "temperature",
+    "mesh",
 )  # fmt: skip
 """Options that have no effect on images that exist."""
 PROCESS_OPTIONS = ("coordinator_address", "num_processes", "process_id")
@@ -259,7 +260,14 @@ def find_source_problems(verdicts: Path | None, settings: dict[str, Any]) -> lis
     return [
         f"--verdicts {verdicts}: are about images with {name} {source[name]}; these have "
         f"{settings[name]}; take the verdicts on these images"
-        for name in ("model_sha256", "prompts_sha256", "seed", "cfg_scale", "temperature")
+        for name in (
+            "model_sha256",
+            "prompts_sha256",
+            "seed",
+            "cfg_scale",
+            "image_steps",
+            "temperature",
+        )
         if name in source and name in settings and source[name] != settings[name]
     ]
 

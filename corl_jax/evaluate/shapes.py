@@ -1,8 +1,8 @@
 """Measures a policy on held-out rows of the drawn world: generated images and answers.
 
     corl-jax evaluate --model DIR [--suite shapes] [--data PATH | --world W] [--rows 256]
-        [--batch-size 32] [--cfg-scale W] [--temperature T | --greedy] [--max-new-tokens N]
-        [--seed 0] [--dtype float32|bfloat16] [--out DIR]
+        [--batch-size 32] [--cfg-scale W] [--image-steps N] [--temperature T | --greedy]
+        [--max-new-tokens N] [--seed 0] [--dtype float32|bfloat16] [--out DIR]
 
 For every row, one image is generated with guidance and checked exactly. One question is answered
 greedily and compared with its solution. Guidance, temperature and length that are not given are
@@ -24,13 +24,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corl_jax.atomic_files import check_output_folder, create_folder
+from corl_jax.config.fields import MAX_IMAGE_STEPS
 from corl_jax.errors import InputError, Problems
-from corl_jax.inference import DTYPES, MAX_SEED, choose_dtype
+from corl_jax.inference import (
+    DTYPES,
+    MAX_SEED,
+    add_image_steps_option,
+    check_number,
+    choose_dtype,
+    choose_steps,
+    find_unread_image_options,
+)
 from corl_jax.input_files import parse_path, parse_place
 from corl_jax.sampling_options import (
     complete_options,
     describe_default,
     find_temperature_problems,
+    spell_option,
     tell_sampling,
 )
 from corl_jax.tasks import TASKS
@@ -59,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
             "data": args.data,
             "seed": args.seed,
             "cfg_scale": args.cfg_scale,
+            "image_steps": args.image_steps,
             "greedy": args.greedy,
             "temperature": args.temperature,
             "max_new_tokens": args.max_new_tokens,
@@ -93,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help=f"scale of guidance; 1: none ({describe_default('cfg_scale')})",
     )
+    add_image_steps_option(parser)
     add(
         "--temperature",
         type=float,
@@ -133,6 +145,11 @@ def check_arguments(args: argparse.Namespace) -> Any:
     problems.attempt(check_options, args)
     problems.add(complete_options(args, ("cfg_scale", "temperature", "max_new_tokens")))
     model = problems.attempt(inspect_policy, args.model)
+    if model is not None:
+        steps = argparse.Namespace(
+            image_steps=args.image_steps, temperature=None, greedy=None, think=False
+        )
+        problems.add(find_unread_image_options(model, steps, spell_option))
     # With a wrong number of rows there are no rows to check.
     source = (
         None
@@ -153,8 +170,8 @@ def check_options(args: argparse.Namespace) -> None:
             problems.add(f"--{name.replace('_', '-')}: found {value}; expected at least 1")
     if not 0 <= args.seed <= MAX_SEED:
         problems.add(f"--seed: found {args.seed}; expected 0 to {MAX_SEED}")
-    if args.cfg_scale is not None and not 0 <= args.cfg_scale < math.inf:
-        problems.add(f"--cfg-scale: found {args.cfg_scale:g}; expected a number of at least 0")
+    problems.add(check_number("--cfg-scale", args.cfg_scale, 0))
+    problems.add(check_number("--image-steps", args.image_steps, 1, MAX_IMAGE_STEPS, whole=True))
     problems.add(find_temperature_problems(args.temperature))
     if args.greedy and args.temperature is not None:
         problems.add("--temperature: --greedy would ignore it; leave one of them out")
@@ -305,6 +322,7 @@ def measure(args: argparse.Namespace, loader: Any) -> tuple[str, Any]:
         temperature=args.temperature or 1.0,  # None with --greedy
         max_new_tokens=args.max_new_tokens,
         dtype=dtype,
+        **choose_steps(args.image_steps),
     )
     inputs = EvaluationInputs(
         policy=Policy(model.family, model.sizes, model.params, model.processor, dtype),

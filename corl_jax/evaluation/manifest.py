@@ -17,6 +17,7 @@ FORMAT = 1
 LOCK = ".lock"
 OPTIONS = {
     "suite": "--suite", "seed": "--seed", "cfg_scale": "--cfg-scale",
+    "image_steps": "--image-steps",
     "temperature": "--temperature", "images_per_prompt": "--images-per-prompt",
     "roles": "--roles", "dtype": "--dtype",
     "model_sha256": "--model", "prompts_sha256": "--prompts",

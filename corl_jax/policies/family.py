@@ -191,6 +191,8 @@ class Limits:
     caches_codes: bool = True  # sampling keeps the keys and values of an image's codes
     latent_tokens: int | None = None  # tokens of an image's latents; None: it has none
     image_prompt: int | None = None  # tokens to which the prompt of an image is cut; None: never
+    # steps in which an image is drawn if no option states them; None: not in any order of its codes
+    unmasking_steps: int | None = None
     has_begin_token: bool = True  # a token stands between a plan and the choices of its image
     # name of a tower -> number of its heads, which the mesh axis `tensor` has to divide
     sharded_heads: Mapping[str, int] = dataclasses.field(default_factory=dict)

@@ -20,7 +20,8 @@ from corl_jax.policies import inspect_policy
 from corl_jax.sampling_options import complete_options
 from corl_jax.serve.batcher import Batcher
 from corl_jax.serve.engine import Engine, Job
-from corl_jax.serve.requests import ApiError, ChatRequest, read_image_request
+from corl_jax.serve.requests import ChatRequest, read_image_request
+from corl_jax.tasks import IMAGE_UNDERSTANDING
 
 QUESTION, PROMPT = "What is in the image?", "a red circle"
 REMEDY = "the server needs starlette and uvicorn: pip install 'corl-jax[serve]'"
@@ -113,10 +114,10 @@ def warm_up(engine: Engine) -> None:
     )  # fmt: skip
     question = ChatRequest(QUESTION, blank, options)
     jobs: list[Job] = [engine.prepare_images(drawing)]
-    try:
+    if lack := engine.model.family.find_lack(IMAGE_UNDERSTANDING, engine.model.sizes):
+        print(f"warning: the model answers no questions: the task {lack}", file=sys.stderr)
+    else:
         jobs.append(engine.prepare_answers(question))
-    except ApiError as error:
-        print(f"warning: the model answers no questions: {error}", file=sys.stderr)
     for size in engine.sizes:
         problem = (
             f"--batch-size: {size} samples at once do not fit into the memory of the device; give "

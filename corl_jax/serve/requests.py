@@ -20,7 +20,8 @@ from corl_jax.inference import MAX_SEED, check_image_options, check_text_options
 from corl_jax.nearest import suggest_name
 
 MAX_SAMPLES = 64  # of one request
-MAX_SERVED_STEPS = 1024  # as many as a large image has codes
+# As many as a large image has codes; all other requests wait for the steps of one.
+MAX_SERVED_STEPS = 1024
 MAX_TEXT = 200_000  # characters of a request's text; more than any model's positions hold
 MAX_IMAGE_PIXELS = 2**24  # 50 MB as RGB
 MAX_STOPS = 4
@@ -121,12 +122,7 @@ def read_image_request(body: Any, side: int) -> ImageRequest:
         body, cfg_scale=body.get("cfg_scale"), image_steps=body.get("image_steps"), think=False,
         spread_steps=False, top_k=None, top_p=None, max_new_tokens=None,
     )  # fmt: skip
-    check_image_options(options, spell_image_field, problems)
-    # All other requests wait for the steps of one.
-    if isinstance(options.image_steps, int) and options.image_steps > MAX_SERVED_STEPS:
-        problems.add(
-            f"image_steps: found {options.image_steps}; expected at most {MAX_SERVED_STEPS}"
-        )
+    check_image_options(options, spell_image_field, problems, max_steps=MAX_SERVED_STEPS)
     prompt = body.get("prompt")
     problems.add(find_text_problems("prompt", prompt))
     if isinstance(prompt, str) and len(prompt) > MAX_TEXT:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
+from corl_jax.atomic_files import check_not_read
 from corl_jax.config.readers import has_reader
 from corl_jax.config.schema import Config
 from corl_jax.devices import batches
 from corl_jax.devices.mesh import find_layout_problems
-from corl_jax.errors import InputError
+from corl_jax.errors import InputError, Problems
 from corl_jax.models.lora import Lora
 from corl_jax.nearest import nearest_multiples, suggest_name
 from corl_jax.params import leaf_paths, partition
+from corl_jax.policies import PolicyFiles
 from corl_jax.policies.family import Family, Limits
+from corl_jax.rewards.networks import CheckedNetwork
 from corl_jax.runs.directory import RunDir
 from corl_jax.runs.export_record import list_place_problems
 from corl_jax.sampling_options import choose_cfg_scale
@@ -26,6 +29,7 @@ from corl_jax.train.optimizer import is_in_group
 from corl_jax.train.stages import STAGES
 from corl_jax.types import Params, Sizes
 from corl_jax.weights.export import check_export
+from corl_jax.weights.parts import list_read_folders
 
 
 def trained_patterns(config: Config, family: Family) -> Sequence[str]:
@@ -139,7 +143,7 @@ def find_model_problems(
     limits = family.limits(sizes)
     problems = find_trainable_problems(config, family, sizes) + find_target_problems(config, family)
     problems += find_length_problems(config, limits) + _find_export_problems(config, family, sizes)
-    problems += find_window_problems(config, family, limits)
+    problems += find_drawing_problems(config, family, limits)
     if mesh is None:
         return problems
     problems += find_mesh_problems(family, sizes, mesh)
@@ -176,6 +180,21 @@ def find_length_problems(config: Config, limits: Limits) -> list[str]:
     ]
 
 
+def find_drawing_problems(config: Config, family: Family, limits: Limits) -> list[str]:
+    """Returns the windows of codes and the scored steps that no image has."""
+    problems = find_window_problems(config, family, limits)
+    scored, usual = config.unmasking.scored_steps, limits.unmasking_steps
+    if usual is None or not has_reader(config, "unmasking.scored_steps"):
+        return problems
+    steps = config.unmasking.steps or usual
+    if scored > steps:
+        problems.append(
+            f"unmasking.scored_steps: found {scored}, but an image is drawn in {steps} steps; "
+            "expected at most as many; lower it, or set it to 0 to score all"
+        )
+    return problems
+
+
 def find_window_problems(config: Config, family: Family, limits: Limits) -> list[str]:
     """Returns a problem if images cannot be drawn in windows of so many codes."""
     window = config.rollout.image_window
@@ -208,6 +227,19 @@ def _find_export_problems(config: Config, family: Family, sizes: Sizes) -> list[
             "loads an adapter onto transformers' model alone: set export.lora to merged"
         )
     return problems
+
+
+def find_replaced_models(
+    config: Config, model: PolicyFiles, checked_networks: Iterable[CheckedNetwork]
+) -> list[str]:
+    """Returns a problem if the run's export takes the place of the model, or of a scorer."""
+    # Also with export.layout none: an older export is moved away, and no resume finds the model.
+    folder, problems = RunDir(Path(config.output_dir)).export, Problems()
+    scorers = (network.policy for network in checked_networks)
+    for files in filter(None, (model, *scorers)):
+        read_folders = list_read_folders(files.folder, files.family.kind)
+        problems.attempt(check_not_read, folder, read_folders, "output_dir: its export")
+    return [*problems]
 
 
 def find_trainable_problems(config: Config, family: Family, sizes: Sizes) -> list[str]:

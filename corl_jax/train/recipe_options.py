@@ -8,7 +8,7 @@ import numpy as np
 
 from corl_jax.algorithms.flow.schedules import make_sigmas
 from corl_jax.algorithms.flow.steps import Sde, check_guard, tabulate_checked
-from corl_jax.algorithms.flow.windows import Window, fit_window
+from corl_jax.algorithms.flow.windows import SmallStdError, Window, fit_window
 from corl_jax.algorithms.recipes import RECIPES, Recipe
 from corl_jax.config.denoising import Denoising
 from corl_jax.config.readers import list_changes
@@ -245,8 +245,9 @@ def _find_noise_problems(options: Denoising, sigmas: np.ndarray) -> list[str]:
         fit_window(choose_window(options), sigmas, sde)
     except ValueError as error:
         keys = ["denoising.window", "denoising.window_starts", "denoising.steps"]
-        if sde.latent_dtype != "float32":
-            keys.insert(0, "denoising.latent_dtype")
+        if isinstance(error, SmallStdError):
+            is_float32 = sde.latent_dtype == "float32"
+            keys.insert(0, "denoising.noise_level" if is_float32 else "denoising.latent_dtype")
         problems.append(f"denoising: {error}; correct {', '.join(keys[:-1])} or {keys[-1]}")
     return problems
 

@@ -297,7 +297,9 @@ def make_evaluation_inputs(
         special=run.processor.special, dtype=run.dtype,
         cfg_scale=choose_cfg_scale(config.rollout.cfg_scale, run.family),
         temperature=config.rollout.temperature, max_new_tokens=config.rollout.max_new_tokens,
-        image=run.processor.image,
+        image_window=config.rollout.image_window, image=run.processor.image,
+        # Steps of unmasking are the model's usual ones, as `corl-jax evaluate` has them: figures of
+        # a run are those of its export, in however few steps the run samples.
         denoising=choose_eval_denoising(
             config.denoising, run.family.limits(run.sizes).latent_tokens
         ),

@@ -123,7 +123,7 @@ def outline_run(
     problems.add(find_table_problems(config))
     missing = find_missing_abilities(config, stage, family, sizes)
     problems.add([*missing, *find_denoising_problems(config, stage, family, sizes)])
-    problems.add(fit.find_window_problems(config, family, family.limits(sizes)))
+    problems.add(fit.find_drawing_problems(config, family, family.limits(sizes)))
     axes = config.mesh
     mesh = problems.attempt(make_mesh, axes.data, axes.fsdp, axes.tensor, devices)
     sizes = problems.attempt(fit.add_parts, config, family, sizes) or sizes
@@ -152,7 +152,7 @@ def resolve_run(config: Config) -> ResolvedRun:
     problems.add(_find_suite_problems(config, stage))
     model = problems.attempt(_inspect_model, config.model.path)
     rewards = _resolve_rewards(config, stage, problems)
-    sources = None
+    sources = sizes = loaders = evaluations = None
     if _knows_columns(config):
         sources = problems.attempt(open_sources, config, stage, rewards.by_task)
     mesh = problems.attempt(make_mesh, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -160,12 +160,12 @@ def resolve_run(config: Config) -> ResolvedRun:
     if mesh:
         problems.add(fit.find_batch_problems(config, mesh))
         problems.add(_find_scorer_problems(rewards.networks, mesh))
-    sizes = loaders = evaluations = None
     if model:
         config = fit.choose_guidance(fit.choose_layout(config, model.family), model.family)
         missing = find_missing_abilities(config, stage, model.family, model.sizes)
         problems.add([*missing, *_find_own_scorer_problems(config, rewards.used, model)])
         problems.add(find_denoising_problems(config, stage, model.family, model.sizes))
+        problems.add(fit.find_replaced_models(config, model, rewards.networks))
         # Without adapters if they are wrong, so that the other checks still run.
         sizes = problems.attempt(fit.add_parts, config, model.family, model.sizes) or model.sizes
         problems.add(fit.find_model_problems(config, model.family, sizes, mesh))

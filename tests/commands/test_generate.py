@@ -543,7 +543,17 @@ def test_options_that_a_model_does_not_read_are_refused(model_dir, tmp_path, cap
         else:
             assert "--temperature: found 0.5; a janus_flow makes images by denoising" in message
             assert "image-steps" not in message
+    message = refused(
+        capsys, "image", "--model", flow, "--prompt", "a", "--out", tmp_path / "x",
+        "--temperature", 0, "--cfg-scale", 1e308,
+    )  # fmt: skip
+    assert "--temperature: found 0.0; a janus_flow makes images" in message
+    assert "greedy" not in message, "which a JanusFlow would refuse"
+    assert "--cfg-scale: found 1e+308; expected a number that float32 holds, of 1.2e-38" in message
     loaded = corl_jax.load(flow, dtype="float32")
+    for temperature in (1e39, 1e-39):
+        with pytest.raises(InputError, match=r"temperature: .* that float32 holds"):
+            loaded.generate_images("a", think=True, temperature=temperature)
     with pytest.raises(InputError, match="greedy: a janus_flow makes"):
         loaded.generate_images("a", greedy=True)
     engine = Engine(loaded.policy, jnp.dtype("float32"), batch_size=1)

@@ -14,6 +14,7 @@ from corl_jax.config import options, readers, unknown_keys
 from corl_jax.config.schema import Checkpoint, Config, RewardNetwork, Section
 from corl_jax.config.stages import STAGE_FACTS
 from corl_jax.errors import InputError
+from corl_jax.evaluation import SUITES
 from corl_jax.rewards import registry
 from corl_jax.train.optimizer import learning_rate
 
@@ -506,8 +507,8 @@ def test_options_that_contradict_each_other(write, overrides, part):
             "a rollout of images, an eval.suite or log.images_every",
         ),
         (
-            ["stage=sft", "unmasking.steps=9", "log.images_every=0", "rewards=[]"],
-            "unmasking.steps: 9", "a rollout of images, an eval.suite or log.images_every",
+            ["stage=sft", "unmasking.steps=9", "log.images_every=0", "eval.suite=shapes"],
+            "unmasking.steps: 9", "a rollout of images, the suite rewards or log.images_every",
         ),
         (
             ["denoising.eval_steps=9", "log.images_every=0"], "denoising.eval_steps: 9",
@@ -572,11 +573,16 @@ def test_options_that_only_look_ignored(write):
         ["stage=sft", "eval.suite=rewards"],  # the evaluation scores them
         ["stage=sft", "eval.suite=rewards", "compat.format_without_strip=true"],
         ["stage=vq", "rewards=[]", "compat.bfloat16_master=true", "algorithm.kl_coef=0.0"],
+        ["stage=sft", "eval.suite=rewards", "unmasking.steps=9", "log.images_every=0"],
         ["optimizer.name=sgd", "optimizer.b1=0.5"],  # its momentum
         ["optimizer.name=lion", "optimizer.b2=0.5"],
         ["guards.kl=null"],  # switched off
     ):
         assert not readers.find_unused_options(config_files.load(path, overrides)), overrides
+
+
+def test_the_suite_of_rewards_is_that_of_the_table():
+    assert [name for name, suite in SUITES.items() if suite.uses_rewards] == [readers.REWARD_SUITE]
 
 
 def test_switches_of_rewards_are_the_registrys():

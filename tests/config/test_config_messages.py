@@ -227,12 +227,13 @@ def test_overrides_leave_an_alias_of_the_file_alone(tmp_path):
         ("data.columns=5", "data.columns: found 5, expected a mapping"),
         ("data.columns={prompt: 5}", "data.columns.prompt: found 5, expected a text"),
         ("rollout.group_size=0", "rollout.group_size: found 0, expected an integer >= 1"),
+        ("rollout.cfg_scale=1e308", "rollout.cfg_scale: found 1e+308; expected a number that "
+         "float32 holds, of 1.2e-38 to 3.4e+38"),
+        ("rollout.temperature=1e-50", "rollout.temperature: found 1e-50; expected a number that "
+         "float32 holds, of 1.2e-38 to 3.4e+38"),
         ("rollout.top_p=2", "rollout.top_p: found 2, expected a number > 0 and <= 1"),
         ("denoising.eval_steps=10001",
          "denoising.eval_steps: found 10001, expected an integer >= 1 and <= 10000"),
-        ("unmasking.scored_steps=51",
-         "unmasking.scored_steps: found 51, but an image is drawn in at most 50 steps; expected at "
-         "most as many; lower it, or set it to 0 to score all"),
         ("mesh.data=0", "mesh.data: found 0; expected -1, or 1 or more"),
         ("model.dtype=float16",
          "model.dtype: found 'float16', expected one of float32, bfloat16"),

@@ -27,6 +27,7 @@ from corl_jax.policies.janus import network
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import ADAPTER_PATHS, ADAPTER_TARGETS, RULES
 from corl_jax.policies.janus.network import PRESETS
+from corl_jax.policies.llama_adapters import add_adapters
 from corl_jax.train.fit import find_mesh_problems
 from corl_jax.weights.layouts import KINDS
 
@@ -89,7 +90,7 @@ def tables() -> dict[str, str]:
         params = network.abstract(PRESETS[f"janus-pro-{size}"])
         out[f"janus_pro_{size}.txt"] = table(params, RULES, device_mesh.param_spec)
     lora = Lora(16, 32.0, ADAPTER_TARGETS)
-    adapted = network.add_adapters(PRESETS["janus-pro-7b"], lora)
+    adapted = add_adapters(PRESETS["janus-pro-7b"], lora)
     adapters, _ = partition(network.abstract(adapted), [ADAPTER_PATHS])
     text = table(adapters, RULES, device_mesh.param_spec)
     out["janus_pro_7b_lora.txt"] = text

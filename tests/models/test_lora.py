@@ -20,6 +20,7 @@ from corl_jax.policies.family import LogprobOptions
 from corl_jax.policies.janus import network, sampling
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import ADAPTER_PATHS, RULES
+from corl_jax.policies.llama_adapters import add_adapters
 from corl_jax.train import step
 from corl_jax.weights import adapters
 from tests.support import draws
@@ -48,7 +49,7 @@ def plain(tiny_config):
 
 def adapted(plain, targets=ALL, rank=4):
     """(config with adapters, adapters, base parameters), all random, so that none is idle."""
-    config = network.add_adapters(plain, Lora(rank, 6.0, targets))
+    config = add_adapters(plain, Lora(rank, 6.0, targets))
     return config, *partition(random_params(config), [ADAPTER_PATHS])
 
 
@@ -79,7 +80,7 @@ def found(plain, batch):
 
 
 def test_first_values_are_pefts(plain):
-    config = network.add_adapters(plain, Lora(8, 16.0, ALL))
+    config = add_adapters(plain, Lora(8, 16.0, ALL))
     shapes, _ = partition(network.abstract(config), [ADAPTER_PATHS])
     first, again, other = (lora.init_adapters(shapes, jax.random.key(seed)) for seed in (0, 0, 1))
     flat, others = dict(leaf_paths(first)), dict(leaf_paths(other))
@@ -99,7 +100,7 @@ def test_first_values_are_pefts(plain):
 
 def test_fresh_adapters_change_nothing(plain, batch):
     """But rounding: what XLA fuses with the zeros that they add may sum in another order."""
-    config = network.add_adapters(plain, Lora(8, 16.0, ALL))
+    config = add_adapters(plain, Lora(8, 16.0, ALL))
     shapes, _ = partition(network.abstract(config), [ADAPTER_PATHS])
     frozen, score = random_params(plain), step.make_logprob_step(FAMILY, config, OPTIONS)
     batch = {"mm2t": batch["mm2t"]}
@@ -272,7 +273,7 @@ def test_samples_do_not_depend_on_devices(plain, batch, mesh):
 
 def test_adapters_lie_as_their_kernels(plain, mesh):
     """Where a kernel's inputs or outputs are split, so is the adapter's side of them."""
-    config = network.add_adapters(network.PRESETS["janus-pro-7b"], Lora(16, 32.0, ALL))
+    config = add_adapters(network.PRESETS["janus-pro-7b"], Lora(16, 32.0, ALL))
     specs = {
         path: param_spec(path, leaf.shape, mesh, RULES)
         for path, leaf in leaf_paths(network.abstract(config))

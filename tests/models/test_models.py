@@ -20,6 +20,7 @@ from corl_jax.params import leaf_paths
 from corl_jax.policies.janus import network
 from corl_jax.policies.janus.layout import ADAPTER_TARGETS, RULES
 from corl_jax.policies.janus.network import PRESETS
+from corl_jax.policies.llama_adapters import add_adapters
 from tests.support.tolerances import NETWORK
 
 # Counts by part as the specification states them: (1.3B and Pro-1B, Pro-7B).
@@ -278,7 +279,7 @@ def test_every_parameter_has_a_rule_and_large_ones_are_split(name, mesh):
 
 def test_no_rule_is_shadowed_or_unused():
     """Each path belongs to the first rule that matches; each rule is first for some path."""
-    config = network.add_adapters(PRESETS["janus-pro-7b"], Lora(2, 2.0, ADAPTER_TARGETS))
+    config = add_adapters(PRESETS["janus-pro-7b"], Lora(2, 2.0, ADAPTER_TARGETS))
     paths = [path for path, _ in leaf_paths(network.abstract(config))]
     first = {
         next(i for i, (rule, _) in enumerate(RULES) if re.fullmatch(rule, path)) for path in paths

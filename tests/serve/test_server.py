@@ -29,7 +29,7 @@ import corl_jax
 from corl_jax import generate
 from corl_jax.assets import SHIPPED
 from corl_jax.errors import InputError
-from corl_jax.policies import batched
+from corl_jax.policies import FAMILIES, batched
 from corl_jax.serve import __main__ as command
 from corl_jax.serve import app as app_module
 from corl_jax.serve import command as serve_command
@@ -643,13 +643,20 @@ def test_a_model_that_answers_no_questions_draws_images(capsys):
     drawn = []
 
     def refuse(request):
-        raise api.ApiError(400, "messages: clip/config.json: not found")
+        raise api.ApiError(400, "messages: too long")
 
+    family = FAMILIES["show_o"]
+    model = SimpleNamespace(family=family, sizes=family.presets["show-o-w-clip-vit"])
     engine = SimpleNamespace(
+        model=model,
         limits=SimpleNamespace(image_side=16), sizes=[1, 4], prepare_answers=refuse,
         prepare_images=lambda request: SimpleNamespace(program="images", rows=["row"]),
         draw=lambda program, rows: drawn.append((program, len(rows))),
     )  # fmt: skip
     serve_command.warm_up(engine)
     assert drawn == [("images", 1), ("images", 4)]
-    assert "warning: the model answers no questions: messages: clip/" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "warning: the model answers no questions: the task asks about images, which" in said
+    model.sizes = family.presets["show-o"]
+    with pytest.raises(api.ApiError, match="too long"):  # any other refusal is none of the model
+        serve_command.warm_up(engine)

@@ -24,10 +24,10 @@ from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.vq import VQConfig
 from corl_jax.policies import decoding
 from corl_jax.policies.denoising import STEPS, take_step_transitions
-from corl_jax.policies.janus import network as janus_network
 from corl_jax.policies.janus import sampling
 from corl_jax.policies.janus.network import JanusConfig
 from corl_jax.policies.janus.tokens import SpecialTokens
+from corl_jax.policies.llama_adapters import add_adapters
 from corl_jax.rewards import captions, similarity
 from corl_jax.rewards.networks import NETWORKS
 from corl_jax.rewards.registry import REGISTRY
@@ -601,7 +601,7 @@ def test_work_by_hand():
     operations = 6 * layers * (20 + 24) + 6 * 33 * 24 + 12 * 2 * 28 * pairs
     assert count_training_operations(costs, (text,), shared=True) == operations
     llama = config.llama
-    adapted = janus_network.add_adapters(config, Lora(3, 6.0, ("q_proj", "down_proj")))
+    adapted = add_adapters(config, Lora(3, 6.0, ("q_proj", "down_proj")))
     wide = llama.num_heads * llama.head_dim
     adapters = 3 * llama.num_layers * (2 * llama.hidden_size + wide + llama.intermediate_size)
     operations = (4 * layers + 6 * adapters) * 44 + 4 * 33 * 24 + 12 * 2 * 28 * pairs

@@ -106,9 +106,12 @@ def test_a_config_keeps_its_own_shape(name, tmp_path):
     assert config.eval.suite == "none" and config.export.layout == "none"
 
 
-@pytest.mark.parametrize("name", ["janus_pro_1b/think", "show_o_256/unified"])
-def test_prepared_configs_resolve(name, tmp_path):
-    planned = resolve_run(epoch.prepare(name, SMALL, 2, epoch.Files(tmp_path, is_tiny=True)))
+@pytest.mark.parametrize(
+    "name", ["janus_pro_1b/think", "show_o_256/unified", "janus_flow_1_3b/think"]
+)
+def test_prepared_configs_resolve_with_their_own_lengths(name, tmp_path):
+    few = ["train.prompts_per_step=8", "train.micro_batch=8"]
+    planned = resolve_run(epoch.prepare(name, few, 2, epoch.Files(tmp_path, is_tiny=True)))
     assert planned.steps == 2 and not planned.warnings
     assert {network.name for network in planned.networks} == {"blip", "bert", "lpips"}
     first, second = planned.train_loader.iterate(0, 2)

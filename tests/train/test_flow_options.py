@@ -110,7 +110,11 @@ def test_the_divisor_of_a_std_that_is_not_read_is_warned_of(name):
         ({"schedule": "linspace", "shift": 1e-300}, "times that float32 cannot tell apart"),
         ({"shift": 1e4, "eval_steps": 9000, "schedule": "linspace"}, "9000 steps of the"),
         ({"noise_level": 1e30}, "too large for float32"),
-        ({"noise_level": 1e-30}, "raise the noise level"),
+        (
+            {"noise_level": 1e-30},
+            "raise the noise level, or end the window before that step; correct "
+            "denoising.noise_level, denoising.window, denoising.window_starts or denoising.steps",
+        ),
     ],
 )
 def test_numbers_beyond_float32_are_refused(denoising, message):

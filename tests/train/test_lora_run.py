@@ -20,6 +20,7 @@ from corl_jax.models.lora import Lora
 from corl_jax.params import leaf_paths, unflatten
 from corl_jax.policies.janus import network as janus_network
 from corl_jax.policies.janus.checkpoint import KIND
+from corl_jax.policies.llama_adapters import add_adapters
 from corl_jax.train import __main__ as command
 from corl_jax.weights.checkpoint import load_config, load_params
 from corl_jax.weights.export import convert
@@ -160,7 +161,7 @@ def test_peft_loads_the_adapter(adapter, merged, model):
     assert loaded.keys() == stored.keys() and len(stored) == 2 * 2 * len(TARGETS)
     for key, value in loaded.items():
         np.testing.assert_array_equal(value.numpy(), stored[key])
-    config = janus_network.add_adapters(load_config(model, KIND), Lora(3, 12.0, tuple(TARGETS)))
+    config = add_adapters(load_config(model, KIND), Lora(3, 12.0, tuple(TARGETS)))
     params = unflatten(dict(leaf_paths(load_params(model, KIND))) | trained_of(adapter))
     network = janus_network.bind(config, jax.tree.map(jax.numpy.asarray, params))
     mask = np.ones(ids.shape, bool)
@@ -190,7 +191,7 @@ def test_peft_trains_on_with_the_same_gradients(adapter, model):
         n.replace(".default", ""): p.grad for n, p in wrapped.named_parameters() if p.requires_grad
     }
 
-    config = janus_network.add_adapters(load_config(model, KIND), Lora(3, 12.0, tuple(TARGETS)))
+    config = add_adapters(load_config(model, KIND), Lora(3, 12.0, tuple(TARGETS)))
     frozen = dict(leaf_paths(load_params(model, KIND)))
 
     def loss(trained):

@@ -13,7 +13,7 @@ from corl_jax.config.readers import find_unused_options
 from corl_jax.config.schema import Config
 from corl_jax.train import __main__ as command
 from corl_jax.train import build, resolve
-from corl_jax.train.fit import find_window_problems
+from corl_jax.train.fit import find_drawing_problems, find_window_problems
 from corl_jax.train.recipe_options import (
     complete_algorithm,
     find_algorithm_problems,
@@ -63,6 +63,35 @@ def test_windows_need_codes_in_order_and_no_more_than_an_image_has(family, windo
     limits = family.limits(next(iter(family.presets.values())))
     expected = [f"rollout.image_window: {problem}"] if problem else []
     assert find_window_problems(config, family, limits) == expected
+
+
+# ---- steps of unmasking
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "steps"),
+    [
+        ("show-o", {"scored_steps": 17}, 16), ("show-o-512x512", {"scored_steps": 51}, 50),
+        ("show-o", {"scored_steps": 9, "steps": 8}, 8),
+        ("show-o", {"scored_steps": 16}, None), ("show-o-512x512", {"scored_steps": 17}, None),
+        ("show-o", {"scored_steps": 17, "logprobs": "one_shot"}, None),
+        ("janus-pro-1b", {"scored_steps": 17}, None),
+    ],
+)  # fmt: skip
+def test_more_scored_steps_than_an_image_has_are_refused_where_they_are_read(
+    model, options, steps
+):  # fmt: skip
+    unmasking = {"logprobs": "trajectory"} | options
+    config = Config.model_validate(make_config().model_dump() | {"unmasking": unmasking})
+    family = next(x for x in policies.FAMILIES.values() if model in x.presets)
+    problems = find_drawing_problems(config, family, family.limits(family.presets[model]))
+    expected = f"but an image is drawn in {steps} steps; expected at most as many"
+    assert len(problems) == (steps is not None)
+    assert all(expected in line for line in problems)
+    unread = [*find_unused_options(config), *find_unread_options(config, family)]
+    assert any("unmasking.scored_steps" in line for line in unread) == (
+        model == "janus-pro-1b" or "logprobs" in options
+    )
 
 
 # ---- denoising

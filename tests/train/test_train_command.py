@@ -33,6 +33,7 @@ from corl_jax.metrics import Metric
 from corl_jax.params import leaf_paths
 from corl_jax.plan import programs
 from corl_jax.plan import tables as plan_tables
+from corl_jax.policies.family import Unmasking
 from corl_jax.policies.janus.checkpoint import KIND
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.runs import directory as run_directory
@@ -791,6 +792,20 @@ def test_warmup_that_outlasts_the_epochs_is_refused(options):
     assert len(error.value.problems) == 1
 
 
+@pytest.mark.parametrize("layout", ["transformers", "none"])
+def test_a_run_does_not_replace_the_model_that_it_reads(options, tmp_path, layout):
+    """Neither by its export nor by moving an older one away."""
+    model = Path(options()["model"]["path"])
+    export = tmp_path / "earlier" / "export"
+    shutil.copytree(model, export)
+    tree = options(output_dir=str(export.parent), export={"layout": layout})
+    refused = f"output_dir: its export {export}: is a model to read"
+    tree["model"]["path"] = str(export)
+    with pytest.raises(InputError, match=re.escape(refused)):
+        resolve.resolve_run(config_files.validate(tree, "test"))
+    resolve.resolve_run(config_files.validate(tree | {"output_dir": str(tmp_path / "new")}, "test"))
+
+
 def test_the_drawn_worlds_suite_asks_both_tasks(options, tmp_path):
     """Whatever is trained."""
     extra = {"spec": "{}", "category": "counting"}
@@ -818,7 +833,8 @@ def test_the_reward_suite_gets_the_rewards_of_every_task(monkeypatch):
         tasks=("t2i", "mm2t"), mesh=mesh, family=FAMILY, sizes=FAMILY.presets["janus-pro-1b"],
         processor=SimpleNamespace(special=None, image=None), dtype=None, seed=0,
     )  # fmt: skip
-    config = SimpleNamespace(rollout=Rollout(), eval=Eval(), denoising=Denoising())
+    rollout = Rollout(image_window=3)
+    config = SimpleNamespace(rollout=rollout, eval=Eval(), denoising=Denoising())
     beats = []
     evaluation = SimpleNamespace(loader=None, rows=2)
     inputs = reports.make_evaluation_inputs(config, run, evaluation, {}, lambda: beats.append(1))
@@ -827,6 +843,10 @@ def test_the_reward_suite_gets_the_rewards_of_every_task(monkeypatch):
         "t2i/r": [0, 0, 1, 1], "mm2t/r": [10, 10, 11, 11]
     }  # fmt: skip
     assert beats
+    # Other suites draw in the run's windows, which change no image, and the model's usual steps.
+    assert inputs.sampling.image_window == 3 and inputs.sampling.unmasking == Unmasking(
+        logprobs="none"
+    )
 
 
 def test_seconds_are_those_of_the_step_that_is_logged(options):

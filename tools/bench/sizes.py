@@ -160,20 +160,24 @@ _TINY_NETWORKS = {
 
 
 def _make_tiny_janus() -> JanusConfig:
-    """Returns the shipped mini Janus with fewer layers, smaller images and fewer codes."""
+    """Returns the shipped mini Janus with fewer layers, smaller images and fewer codes.
+
+    It has the positions of the published models, so that their configs fit.
+    """
     config = make_mini_config(vocab_size=640)
-    llama = dataclasses.replace(config.llama, num_layers=2)
+    positions = PRESETS["janus-pro-1b"].llama.max_position_embeddings
+    llama = dataclasses.replace(config.llama, num_layers=2, max_position_embeddings=positions)
     siglip = dataclasses.replace(config.siglip, num_layers=2, image_size=16, patch_size=4)
     vq = dataclasses.replace(config.vq, channel_multiplier=(1, 1, 2))
     return dataclasses.replace(config, llama=llama, siglip=siglip, vq=vq)
 
 
 def _make_tiny_show_o() -> ShowOConfig:
-    """Returns a Show-o for images of 16 pixels: 4 x 4 of 512 codes."""
+    """Returns a Show-o for images of 16 pixels: 4 x 4 of 512 codes. Positions are Phi's."""
     words = 600
     phi = PhiConfig(
         vocab_size=words + 10 + 512 + 1, hidden_size=64, intermediate_size=128, num_layers=2,
-        num_heads=2, num_kv_heads=2, head_dim=32, max_position_embeddings=128,
+        num_heads=2, num_kv_heads=2, head_dim=32,
     )  # fmt: skip
     magvit = MagvitConfig(
         z_channels=9, base_channels=32, encoder_channels=(32, 32, 32), encoder_blocks=(1, 1, 1),
@@ -183,10 +187,13 @@ def _make_tiny_show_o() -> ShowOConfig:
 
 
 def _make_tiny_janus_flow() -> JanusFlowConfig:
-    """Returns a JanusFlow for images of 16 pixels: 4 x 4 tokens of 2 x 2 latents."""
+    """Returns a JanusFlow for images of 16 pixels: 4 x 4 tokens of 2 x 2 latents.
+
+    It has the positions of the published model, so that its configs fit.
+    """
     llama = LlamaConfig(
         vocab_size=640, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2,
-        num_kv_heads=2, head_dim=32, max_position_embeddings=128,
+        num_kv_heads=2, head_dim=32,
     )  # fmt: skip
     siglip = SiglipConfig(
         image_size=16, patch_size=4, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2

@@ -32,6 +32,10 @@ class Window:
     starts: tuple[int, int] = (0, 0)  # smallest and largest first step; both are possible
 
 
+class SmallStdError(ValueError):
+    """A window reaches a step whose std is too small for the dtype of the latents."""
+
+
 def fit_window(window: Window, sigmas: np.ndarray, sde: Sde) -> Window:
     """Returns the window with its length in steps. Every step in reach has a std above 0.
 
@@ -39,8 +43,8 @@ def fit_window(window: Window, sigmas: np.ndarray, sde: Sde) -> Window:
 
     Raises:
         ValueError: no step has noise, a window reaches a step that is not there or has none, starts
-            are given without a length, a step's std is too small for the latents' dtype, or the
-            noise level is too high.
+            are given without a length, or the noise level is too high.
+        SmallStdError: a step's std is too small for the latents' dtype.
     """
     stds = np.asarray(tabulate_checked(sigmas, sde).std)
     num_noisy = int((stds > 0).sum())  # steps 0 to num_noisy - 1
@@ -76,7 +80,7 @@ def _check_stds(window: Window, stds: np.ndarray, dtype: str) -> None:
     small = [step for step in reached if stds[step] < SMALLEST_STDS[dtype]]
     if small:
         remedy = "raise the noise level" if dtype == "float32" else "store latents in float32"
-        raise ValueError(
+        raise SmallStdError(
             f"step {small[0]} of {len(stds)} has std {stds[small[0]]:.2g}, below "
             f"{SMALLEST_STDS[dtype]:.2g}, and latents are stored in {dtype}, whose rounding moves "
             f"its log-prob: {remedy}, or end the window before that step"

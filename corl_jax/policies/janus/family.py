@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from corl_jax.models.attention import choose_training_kernel
 from corl_jax.models.lora import Lora
+from corl_jax.policies import llama_adapters
 from corl_jax.policies.family import Adapters, Family, HiddenStates, Limits, TurnProgram
 from corl_jax.policies.janus import (
     images,
@@ -101,8 +102,8 @@ FAMILY = Family(
     adapters=Adapters(
         paths=layout.ADAPTER_PATHS,
         targets=layout.ADAPTER_TARGETS,
-        add=network.add_adapters,
-        remove=network.remove_adapters,
+        add=llama_adapters.add_adapters,
+        remove=llama_adapters.remove_adapters,
         options_of=_get_adapters,
     ),
     limits=describe_limits,

@@ -18,8 +18,7 @@ from flax import nnx
 from corl_jax import params as params_lib
 from corl_jax.models import modules
 from corl_jax.models.layers import Embedding, Projector, Remat, make_linear
-from corl_jax.models.llama import AdaptedLlamaConfig, Llama, LlamaConfig
-from corl_jax.models.lora import Lora
+from corl_jax.models.llama import Llama, LlamaConfig
 from corl_jax.models.siglip import Siglip, SiglipConfig
 from corl_jax.models.vq import VQConfig, VQModel
 from corl_jax.policies.janus.layout import FLOAT32_PARTS
@@ -42,21 +41,6 @@ class JanusConfig:
     def num_image_tokens(self) -> int:
         """The number of tokens of an image, in a prompt or generated: both have the same grid."""
         return self.siglip.num_tokens
-
-
-def add_adapters(config: JanusConfig, lora: Lora) -> JanusConfig:
-    """Returns the sizes with adapters in the layers of the language model."""
-    sizes = dataclasses.asdict(remove_adapters(config).llama)
-    return dataclasses.replace(config, llama=AdaptedLlamaConfig(**sizes, lora=lora))
-
-
-def remove_adapters(config: JanusConfig) -> JanusConfig:
-    """Returns the sizes without adapters, as in checkpoints and for the reference."""
-    if config.llama.lora is None:
-        return config
-    # The plain class again, so that these sizes equal those of a model that never had adapters.
-    sizes = {f.name: getattr(config.llama, f.name) for f in dataclasses.fields(LlamaConfig)}
-    return dataclasses.replace(config, llama=LlamaConfig(**sizes))
 
 
 # The published 7B config states few sizes; all others are transformers' LlamaConfig defaults.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from corl_jax.models.lora import Lora
+from corl_jax.policies import llama_adapters
 from corl_jax.policies.denoising import measure_kl
 from corl_jax.policies.family import Adapters, Alignment, Family, Limits, TurnProgram
 from corl_jax.policies.janus.image_settings import ImageSettings
@@ -72,7 +73,7 @@ FAMILY = Family(
     adapters=Adapters(
         paths=layout.ADAPTER_PATHS,
         targets=layout.ADAPTER_TARGETS,
-        add=network.add_adapters,
+        add=llama_adapters.add_adapters,
         remove=network.get_base,
         options_of=_get_adapters,
     ),

@@ -22,13 +22,13 @@ from corl_jax import params as params_lib
 from corl_jax.models import modules
 from corl_jax.models.attention import AttentionKernel
 from corl_jax.models.layers import Remat, make_linear
-from corl_jax.models.llama import AdaptedLlamaConfig, Branch, KVCache, Llama, LlamaConfig
-from corl_jax.models.lora import Lora
+from corl_jax.models.llama import Branch, KVCache, Llama, LlamaConfig
 from corl_jax.models.sd_vae import SdVae, SdVaeConfig
 from corl_jax.models.siglip import Siglip, SiglipConfig
 from corl_jax.models.uvit import Decoder, Encoder, UvitConfig
 from corl_jax.policies.janus.tokens import SpecialTokens
 from corl_jax.policies.janus_flow.layout import FLOAT32_PARTS
+from corl_jax.policies.llama_adapters import remove_adapters
 from corl_jax.types import EncodedPrompts, Params
 
 TIME_SCALE = 1000.0  # the time embedding reads 0 to 1000
@@ -83,21 +83,6 @@ def get_base(config: JanusFlowConfig) -> JanusFlowConfig:
     # The plain class again, so that these sizes equal those of a model that never had them.
     parts = {f.name: getattr(config, f.name) for f in dataclasses.fields(JanusFlowConfig)}
     return remove_adapters(JanusFlowConfig(**parts))
-
-
-def add_adapters(config: JanusFlowConfig, lora: Lora) -> JanusFlowConfig:
-    """Returns the sizes with adapters in the layers of the language model."""
-    sizes = dataclasses.asdict(remove_adapters(config).llama)
-    return dataclasses.replace(config, llama=AdaptedLlamaConfig(**sizes, lora=lora))
-
-
-def remove_adapters(config: JanusFlowConfig) -> JanusFlowConfig:
-    """Returns the sizes without adapters, as in checkpoints and for the reference."""
-    if config.llama.lora is None:
-        return config
-    # The plain class again, so that these sizes equal those of a model that never had adapters.
-    sizes = {f.name: getattr(config.llama, f.name) for f in dataclasses.fields(LlamaConfig)}
-    return dataclasses.replace(config, llama=LlamaConfig(**sizes))
 
 
 PRESETS = {"janusflow-1.3b": JanusFlowConfig()}

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from corl_jax.models.lora import Lora
-from corl_jax.policies.family import Adapters, Family, Inpainting, Limits, TurnProgram
+from corl_jax.policies.family import Adapters, Family, Inpainting, Limits, TurnProgram, Unmasking
 from corl_jax.policies.show_o import (
     images,
     inpainting,
@@ -21,7 +21,7 @@ from corl_jax.policies.show_o import (
 )
 from corl_jax.policies.show_o.checkpoint import KIND, describe_missing_tower, find_tokenizer
 from corl_jax.policies.show_o.checkpoint.show_o_keys import CLIP_FOLDER, CLIP_HUB_ID
-from corl_jax.policies.show_o.hiding import choose_scored
+from corl_jax.policies.show_o.hiding import choose_scored, count_steps
 from corl_jax.policies.show_o.network import ShowOConfig
 from corl_jax.policies.show_o.prompts import (
     BUCKET,
@@ -56,6 +56,7 @@ def describe_limits(sizes: ShowOConfig) -> Limits:
         head_dim=phi.head_dim,
         caches_codes=False,
         image_prompt=MAX_TEXT + 1,  # and its end token
+        unmasking_steps=count_steps(Unmasking(), sizes.num_image_tokens),
         sharded_heads={
             "heads of language_model": phi.num_heads,
             "key heads of language_model": phi.num_kv_heads,

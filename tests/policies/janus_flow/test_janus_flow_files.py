@@ -275,7 +275,6 @@ def test_a_section_without_settings_is_refused(section, tmp_path):
         ("vision_gen_dec_config", "out_channels", 3, "out_channels is 3, expected 4"),
         ("vision_und_enc_config", "select_feature", "patch", "select_feature is 'patch'"),
         ("vision_und_enc_config", "select_layer", -2, "select_layer is -2, expected -1"),
-        ("vision_und_enc_config", "pixel_mean", [0.5] * 3, "pixel_mean is [0.5, 0.5, 0.5], expect"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(section, name, value, message, tmp_path):
@@ -283,6 +282,27 @@ def test_settings_that_do_not_fit_are_refused(section, name, value, message, tmp
     with pytest.raises(InputError) as error:
         load_config(folder, KIND)
     assert message in str(error.value)
+
+
+def test_statistics_of_pixels_count_only_together(tmp_path):
+    """As in the original's vision tower, which normalises if it has mean and std."""
+    statistics = {"pixel_mean": [0.5] * 3, "pixel_std": [0.2] * 3}
+
+    def load(name: str, **values: list[float]):
+        def change(data):
+            data["vision_und_enc_config"]["params"].update(values)
+
+        (tmp_path / name).mkdir()
+        return load_config(with_config(tmp_path / name, change), KIND)
+
+    plain = load("plain")
+    for name, value in statistics.items():
+        assert load(name, **{name: value}) == plain
+    with pytest.raises(
+        InputError, match=r"pixel_mean is \[0.5, 0.5, 0.5\], expected None"
+    ) as error:
+        load("both", **statistics)
+    assert "pixel_std is [0.2, 0.2, 0.2], expected None" in str(error.value)
 
 
 def test_an_absent_epsilon_has_the_originals_default(tmp_path):

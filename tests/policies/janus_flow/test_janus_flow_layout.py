@@ -22,6 +22,7 @@ from corl_jax.policies.janus_flow import layout, network, sampling
 from corl_jax.policies.janus_flow.family import FAMILY
 from corl_jax.policies.janus_flow.logprobs import make_velocity
 from corl_jax.policies.janus_flow.sampling import make_cached_velocity
+from corl_jax.policies.llama_adapters import add_adapters, remove_adapters
 from corl_jax.train import step
 from corl_jax.train.agreement import RATIO_SHARES
 from corl_jax.types import EncodedPrompts
@@ -207,7 +208,7 @@ def test_bfloat16_stays_near_float32(config, params):
 def test_no_rule_is_shadowed_or_unused():
     """Each path belongs to the first rule that matches; each rule is first for some path."""
     lora = Lora(2, 2.0, layout.ADAPTER_TARGETS)
-    config = network.add_adapters(network.PRESETS["janusflow-1.3b"], lora)
+    config = add_adapters(network.PRESETS["janusflow-1.3b"], lora)
     first = {
         next(rule for rule, _ in layout.RULES if re.fullmatch(rule, path))
         for path, _ in leaf_paths(network.abstract(config))
@@ -218,9 +219,9 @@ def test_no_rule_is_shadowed_or_unused():
 def test_adapters_are_the_paths_that_the_table_names():
     lora = Lora(2, 2.0, layout.ADAPTER_TARGETS)
     sizes = network.PRESETS["janusflow-1.3b"]
-    config = network.add_adapters(sizes, lora)
+    config = add_adapters(sizes, lora)
     base = {path for path, _ in leaf_paths(network.abstract(sizes))}
     added = {path for path, _ in leaf_paths(network.abstract(config))} - base
     assert len(added) == 2 * len(layout.ADAPTER_TARGETS)
     assert all(re.fullmatch(layout.ADAPTER_PATHS, path) for path in added)
-    assert network.remove_adapters(config) == sizes
+    assert remove_adapters(config) == sizes

@@ -280,7 +280,9 @@ def test_a_family_has_its_own_guidance(family, overrides, expected):
 
 @pytest.mark.parametrize(("stated", "expected"), [(None, 2.0), (3.0, 3.0)])
 def test_suites_draw_with_the_guidance_of_the_family(model, stated, expected):
-    args = argparse.Namespace(model=str(model), temperature=1.0, roles=None, cfg_scale=stated)
+    args = argparse.Namespace(
+        model=str(model), temperature=1.0, roles=None, cfg_scale=stated, image_steps=None
+    )
     draw_options.check_model(args, Problems())
     assert args.cfg_scale == expected
 
@@ -382,6 +384,8 @@ def test_options_that_do_not_fit_are_refused(model, rows, tmp_path, capsys, chan
 @pytest.mark.parametrize(("temperature", "refused"), [(0.7, True), (1.0, False)])
 def test_suites_that_draw_refuse_a_temperature(model, temperature, refused):
     problems = Problems()
-    args = argparse.Namespace(model=str(model), temperature=temperature, roles=None, cfg_scale=None)
+    args = argparse.Namespace(
+        model=str(model), temperature=temperature, roles=None, cfg_scale=None, image_steps=None
+    )
     draw_options.check_model(args, problems)
     assert [line.startswith("--temperature: found 0.7") for line in problems] == [True] * refused

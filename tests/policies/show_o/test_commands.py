@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +12,19 @@ import numpy as np
 import pytest
 
 import corl_jax
-from corl_jax import generate
+from corl_jax import evaluation, generate
 from corl_jax.errors import Problems
+from corl_jax.evaluate import __main__ as evaluate
+from corl_jax.evaluate import draw_run
 from corl_jax.evaluate.draw_options import check_lengths
+from corl_jax.evaluation.drawing import DrawnImage
+from corl_jax.evaluation.intervals import Rate
 from corl_jax.evaluation.writers.writer import PromptList
+from corl_jax.policies.family import Unmasking
 from corl_jax.score import __main__ as score
 from corl_jax.serve import requests
 from corl_jax.serve.engine import Engine
-from tests.support import show_o_files
+from tests.support import harness_clones, show_o_files
 from tests.support.tiny_models import tiny_image
 
 CONTROL = "a <|soi|> circle"
@@ -85,13 +91,55 @@ def test_a_server_takes_the_number_of_steps(model):
     np.testing.assert_array_equal(sample.pixels, np.asarray(expected))
     other = engine.prepare_images(requests.read_image_request(body | {"image_steps": 4}, side))
     assert other.program != job.program
-    for steps, text in ((0, "found 0"), (2000, "at most 1024"), (True, "true or false"), (2.5, "")):
-        with pytest.raises(requests.ApiError, match=f"image_steps: .*{text}"):
+    requests.read_image_request(body | {"image_steps": 1024}, side)
+    for steps, text in ((0, "found 0"), (1025, "at most 1024"), (10_001, "at most 1024"),
+                        (True, "true or false"), (2.5, "")):  # fmt: skip
+        with pytest.raises(requests.ApiError, match=f"image_steps: .*{text}") as error:
             requests.read_image_request(body | {"image_steps": steps}, side)
+        assert error.value.message.count("image_steps") == 1
     nano = Engine(corl_jax.load("nano", dtype="float32").policy, jnp.dtype("float32"), 1)
     with pytest.raises(requests.ApiError, match="image_steps: found 3; a janus draws") as error:
         nano.prepare_images(requests.read_image_request(body, 32))
     assert error.value.status == 400
+
+
+def test_an_evaluation_takes_the_number_of_steps(folder, tmp_path, capsys, monkeypatch):
+    taken = []
+
+    def draw(policy, texts, pairs, sampling, **_):
+        taken.append(sampling)
+        yield from (DrawnImage(*pair, np.zeros((16, 16, 3), np.uint8)) for pair in pairs)
+
+    monkeypatch.setattr(draw_run, "draw_prompts", draw)
+    clone = harness_clones.make_geneval(tmp_path, {"single_object": 1})
+    command = (
+        "--suite", "geneval", "--model", folder, "--prompts", clone, "--images-per-prompt", 1,
+        "--dtype", "float32", "--out", tmp_path / "out", "--image-steps",
+    )  # fmt: skip
+    evaluate.main([str(argument) for argument in (*command, 3)])
+    assert "image_steps 3, temperature 1" in capsys.readouterr().out
+    assert taken[0].unmasking == Unmasking(3, "none") and taken[0].denoising.steps == 3
+    assert json.loads((tmp_path / "out/report.json").read_text())["settings"]["image_steps"] == 3
+    said = refuse(capsys, evaluate.main, *command, 4)
+    assert "holds images of --image-steps 3; this command has 4" in said
+
+
+def test_the_drawn_worlds_evaluation_takes_the_number_of_steps(
+    folder, tmp_path, capsys, monkeypatch
+):  # fmt: skip
+    taken, row = [], evaluation.SUITES["shapes"]
+    report = SimpleNamespace(rates={"a": Rate(1, 0, 1, 1)}, prompts=[])
+    watched = dataclasses.replace(
+        row, evaluate=lambda inputs: taken.append(inputs.sampling) or report
+    )
+    monkeypatch.setitem(evaluation.SUITES, "shapes", watched)
+    for arguments in ((), ("--image-steps", "3")):
+        evaluate.main(["--model", str(folder), "--rows", "1", "--max-new-tokens", "2", *arguments])
+    assert [sampling.unmasking.steps for sampling in taken] == [None, 3]
+    assert taken[1].denoising.steps == 3
+    said = refuse(capsys, evaluate.main, "--model", "nano", "--image-steps", 10_001)
+    assert "--image-steps: found 10001; expected a whole number at least 1 and at most" in said
+    assert "--image-steps: found 10001; a janus draws the codes of images one by one" in said
 
 
 def test_a_reward_asks_a_show_o(folder, tmp_path, capsys):

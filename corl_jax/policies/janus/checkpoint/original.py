@@ -60,8 +60,11 @@ def parse_siglip(section: Fields) -> SiglipConfig:
     # With a problem above the result is not used, but the other fields are still checked.
     preset = preset or SiglipConfig()
     params.expect("select_layer", (-1,), "Janus uses all layers")
-    for statistic in ("pixel_mean", "pixel_std"):  # with both, the original normalises twice
-        params.expect(statistic, (None,), "remove it: preprocessor_config.json has it")
+    statistics = ("pixel_mean", "pixel_std")
+    # With both, the original normalises twice; one alone it does not use.
+    if all(map(params.has, statistics)):
+        for statistic in statistics:
+            params.expect(statistic, (None,), "remove it: preprocessor_config.json has it")
     width = params.size("width", preset.hidden_size)
     ratio = params.number("mlp_ratio", preset.intermediate_size / preset.hidden_size)
     return SiglipConfig(
