@@ -28,7 +28,11 @@ class VggConfig:
 
 
 class Lpips(nnx.Module):
-    """Two batches of images [N, H, W, 3] in [0, 1] -> distances [N] float32, 0 for equal images."""
+    """Images [N, H, W, 3] and [M, H, W, 3] in [0, 1] -> distances [N] float32, 0 for equal images.
+
+    M divides N. Each image of the second batch is compared with N / M images of the first that
+    follow each other.
+    """
 
     def __init__(self, config: VggConfig, *, rngs: nnx.Rngs):
         self.stages = nnx.List([])
@@ -47,7 +51,9 @@ class Lpips(nnx.Module):
         for head, x, y in zip(
             self.heads, self.compute_taps(first), self.compute_taps(second), strict=True
         ):
-            difference = jnp.square(normalize_channels(x) - normalize_channels(y))
+            # N = 4, M = 2: [x0, x1, x2, x3] -> [[x0, x1], [x2, x3]] - [[y0], [y1]]
+            groups = normalize_channels(x).reshape(y.shape[0], -1, *x.shape[1:])
+            difference = jnp.square(groups - normalize_channels(y)[:, None]).reshape(x.shape)
             distance += head(difference).astype(jnp.float32).mean(axis=(1, 2, 3))
         return distance
 

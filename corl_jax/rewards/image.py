@@ -8,6 +8,8 @@ a network on all rows.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
-from corl_jax.devices.batches import PendingRows, run_in_pieces
+from corl_jax.devices.batches import (
+    PendingRows,
+    find_mesh,
+    num_batch_shards,
+    process_shard,
+    run_in_pieces,
+)
+from corl_jax.devices.compiling import ExactProgram
+from corl_jax.devices.processes import all_gather
 from corl_jax.errors import InputError
 from corl_jax.models import modules, pillow_resize
 from corl_jax.models.vgg import Lpips, VggConfig
@@ -255,26 +265,52 @@ def lpips_distance(
     # below.
     blank = np.zeros((size, size, 3), np.uint8)
     generated = resize_on_host(generated, size, "bilinear")
+    count = _choose_shared_rows(real, network.params)
+    # Pieces are of whole groups of `count` rows: a group and its real image are on one device.
+    groups = generated.reshape(-1, count, *generated.shape[1:])
 
     def take(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return generated[index], np.stack(
-            [blank if fitted[i] is None else fitted[i] for i in index]
+        first_rows = index * count
+        return groups[index], np.stack(
+            [blank if fitted[i] is None else fitted[i] for i in first_rows]
         )
 
     program = functools.partial(_compute_lpips, network.config, network.params)
-    (distances,) = run_in_pieces(
-        program, take, len(generated), LPIPS_IMAGES_AT_ONCE, network.params
-    )
+    max_groups = LPIPS_IMAGES_AT_ONCE // count
+    (distances,) = run_in_pieces(program, take, len(groups), max_groups, network.params)
     is_missing = [x is None for x in fitted]
-    return distances.then(lambda x: np.where(is_missing, np.float32(np.nan), x))
+    return distances.then(lambda x: np.where(is_missing, np.float32(np.nan), x.reshape(-1)))
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
+def _choose_shared_rows(real: Sequence[Image.Image | None], params: Params) -> int:
+    """Returns how many rows that follow each other are compared with one computed real image.
+
+    The completions of a prompt share one image object. The number divides every run of rows with
+    one object, in all processes alike, because they run one program.
+    """
+    runs = [len(list(rows)) for _, rows in itertools.groupby(real, key=id)]
+    shared = math.gcd(*all_gather(np.array(math.gcd(*runs), np.int32)).ravel().tolist())
+    mesh = find_mesh(params)
+    parts = 1 if mesh is None else num_batch_shards(mesh) // process_shard(mesh)[1]
+
+    def count_images(count: int) -> int:
+        # Of one device. 8 rows of one real image on 8 devices: 8 groups of 1 are 2 images a device,
+        # 1 group of 8 is padded to 8 groups, 9 images a device.
+        return -(-len(real) // (count * parts)) * (count + 1)
+
+    divisors = (n for n in range(1, LPIPS_IMAGES_AT_ONCE + 1) if shared % n == 0)
+    return min(divisors, key=count_images)
+
+
+@functools.partial(ExactProgram, static_argnames=("config",))
 def _compute_lpips(
     config: VggConfig, params: Params, generated: jax.Array, real: jax.Array
 ) -> jax.Array:
+    """Computes distances [M, C] of images [M, C, H, W, 3] to the real ones [M, S, S, 3]."""
+    groups = generated.shape[:2]
+    generated = generated.reshape(-1, *generated.shape[2:])
     generated = pillow_resize.resize_levels(generated, real.shape[1], "bilinear")
     # Rounded products of an accelerator change the distance by as much as small edits do.
     with jax.default_matmul_precision("highest"):
         pixels = scale_levels(generated), scale_levels(real)
-        return modules.bind(Lpips, config, params)(*pixels)
+        return modules.bind(Lpips, config, params)(*pixels).reshape(groups)

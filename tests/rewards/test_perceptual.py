@@ -129,6 +129,52 @@ def test_pieces_and_devices_change_nothing(network, drawings, mesh, monkeypatch)
     assert np.allclose(distance(spread, drawings, real), expected, atol=NETWORK)
 
 
+@pytest.mark.parametrize(
+    ("runs", "devices", "shared"),
+    [
+        ((4, 4, 8), 1, 4), ((4, 8, 4), 8, 2), ((8, 8), 2, 8), ((3, 6), 1, 3), ((2, 3), 1, 1),
+        ((37,), 1, 1), ((48, 48), 1, 24), ((16,) * 4, 8, 8),
+    ],
+)  # fmt: skip
+def test_rows_share_a_real_image_where_devices_compute_less(
+    mesh, monkeypatch, runs, devices, shared
+):
+    monkeypatch.setattr(image, "find_mesh", lambda params: None if devices == 1 else mesh)
+    monkeypatch.setattr(image, "num_batch_shards", lambda mesh: devices)
+    pictures = [tiny_image(i) for i in range(len(runs))]
+    real = [x for x, length in zip(pictures, runs, strict=True) for _ in range(length)]
+    assert image._choose_shared_rows(real, {}) == shared
+
+
+def test_processes_agree_on_the_rows_that_share_an_image(monkeypatch):
+    monkeypatch.setattr(image, "all_gather", lambda x: np.stack([x, np.int32(4)]))
+    assert image._choose_shared_rows([None] * 8 + [tiny_image(1)] * 8, {}) == 4
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4, 4), (2, 4, 8, 2), (1, 3, 5, 7)])
+def test_a_shared_image_is_computed_once_with_equal_results(network, mesh, monkeypatch, sizes):
+    drawings = np.stack([np.asarray(tiny_image(seed, (48, 48))) for seed in range(16)])
+    pictures = [tiny_image(20), None, tiny_image(21), tiny_image(22)]
+    real = [x for x, size in zip(pictures, sizes, strict=True) for _ in range(size)]
+    apart = [None if x is None else x.copy() for x in real]
+    monkeypatch.setattr(image, "_choose_shared_rows", lambda *_: 1)
+    expected = distance(network, drawings, apart)  # each row with its own copy
+    monkeypatch.undo()
+    program, computed = image._compute_lpips, []
+
+    def count(config, params, generated, real):
+        computed.append(len(real))
+        return program(config, params, generated, real)
+
+    monkeypatch.setattr(image, "_compute_lpips", count)
+    monkeypatch.setattr(image, "LPIPS_IMAGES_AT_ONCE", 8)
+    np.testing.assert_allclose(distance(network, drawings, real), expected, atol=NETWORK)
+    assert sum(computed) == 16 // math.gcd(*sizes)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    spread = Network(TINY, jax.device_put(network.params, everywhere), Path(), jnp.float32)
+    np.testing.assert_allclose(distance(spread, drawings, real), expected, atol=NETWORK)
+
+
 # ---- files
 
 
