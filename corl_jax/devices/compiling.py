@@ -149,7 +149,7 @@ def _is_accepted(name: str, value: Any) -> bool:
         # XLA has no list of its options, so an empty program is compiled with the option as a test.
         jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()
     except jax.errors.JaxRuntimeError as error:
-        logger.warning("samplers do without XLA's %s=%s: %s", name, value, error)
+        logger.warning("programs do without XLA's %s=%s: %s", name, value, error)
         return False
     return True
 
