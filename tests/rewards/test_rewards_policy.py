@@ -14,7 +14,7 @@ from corl_jax.data.instructions import CAPTION
 from corl_jax.devices.mesh import make_mesh, param_shardings
 from corl_jax.errors import InputError
 from corl_jax.params import map_with_path
-from corl_jax.policies.janus import network, sampling
+from corl_jax.policies.janus import family, network, sampling
 from corl_jax.policies.janus.family import FAMILY
 from corl_jax.policies.janus.layout import RULES
 from corl_jax.policies.janus.prompts import Processor
@@ -122,6 +122,35 @@ def test_ti_sim_equals_each_row_by_itself(context, hidden):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=NETWORK)
     assert np.ptp(expected) > 1e-3
+
+
+def test_hidden_states_are_read_by_the_kernel_of_training(context, hidden, monkeypatch):
+    """XLA's results equal those of the plain forward pass, padded prompts of odd length too."""
+    config, processor = context.config, context.processor
+    longest = max(len(ids) for _, ids in hidden)
+    pictures_of_rows = [Image.fromarray(x) for x in pictures(3)]
+    encoded = jax.tree.map(
+        jnp.asarray, encode_questions(processor, CAPTIONS, pictures_of_rows, longest + 1 | 1)
+    )
+    asked = []
+    choose = family.choose_training_kernel
+    monkeypatch.setattr(family, "choose_training_kernel", lambda *x: asked.append(x) or choose(*x))
+    family.compute_hidden_states.clear_cache()  # the kernel is chosen while it is traced
+    found = family.compute_hidden_states(
+        config, context.params, encoded, processor.special, jnp.float32
+    )
+    assert asked == [(jnp.float32, config.llama.head_dim)] and choose(*asked[0]) == "xla"
+
+    @jax.jit
+    def read(params):
+        model = network.bind(config, params)
+        features = model.image_features(encoded.pixel_values)
+        embeds = model.prompt_embeds(encoded.input_ids, processor.special.image, features)
+        return model.language_model(embeds, encoded.attention_mask)
+
+    seen = np.asarray(encoded.attention_mask)
+    assert seen.shape[1] % 2 and not seen.all()
+    np.testing.assert_array_equal(np.asarray(found)[seen], np.asarray(read(context.params))[seen])
 
 
 def test_ti_sim_with_the_released_positions(context, hidden):

@@ -190,6 +190,13 @@ def test_programs_are_compiled_per_bucket_and_not_per_length(network, monkeypatc
     assert program._cache_size() == before + 1
 
 
+@pytest.mark.parametrize("score", [similarity.bert_score, similarity.sentence_similarity])
+def test_longer_padding_changes_nothing(score, network, monkeypatch):
+    found = score(network, PREDICTIONS, TARGETS)
+    monkeypatch.setattr(similarity, "LENGTHS", (16, 32, 64, 128))
+    np.testing.assert_allclose(score(network, PREDICTIONS, TARGETS), found, atol=1e-6)
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 300), st.sampled_from([1, 6, 64]))
 def test_rows_are_rounded_up_to_few_sizes(count, chunk):
