@@ -175,7 +175,7 @@ def test_each_text_runs_once(network, monkeypatch):
 
 
 def test_programs_are_compiled_per_bucket_and_not_per_length(network, monkeypatch):
-    monkeypatch.setattr(similarity, "LENGTHS", (16, 64))
+    monkeypatch.setattr(similarity, "LENGTHS", (16, 33))
     program = similarity._encode_tokens.default
 
     def texts(number: int, words: int) -> list[str]:
