@@ -11,6 +11,7 @@ from corl_jax.algorithms.flow.steps import Sde, check_guard, tabulate_checked
 from corl_jax.algorithms.flow.windows import Window, fit_window
 from corl_jax.algorithms.recipes import RECIPES, Recipe
 from corl_jax.config.denoising import Denoising
+from corl_jax.config.origins import Origin
 from corl_jax.config.readers import list_changes
 from corl_jax.config.schema import Algorithm, Config
 from corl_jax.policies.family import Denoising as SamplerDenoising
@@ -169,8 +170,11 @@ def find_ignored_options(config: Config) -> list[str]:
     return warnings
 
 
-def find_unread_options(config: Config, family: Family) -> list[str]:
-    """Returns a warning for each option that models of the run's family do not read."""
+def find_unread_options(config: Config, family: Family, origin: Origin | None = None) -> list[str]:
+    """Returns a warning for each option that models of the run's family do not read.
+
+    With `origin` also for those that were given on top of the files and have their default value.
+    """
     if family.denoises:
         unread = (
             "compat.image_logprobs_unshifted",
@@ -187,10 +191,14 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
     else:
         unread = ("unmasking.", "guards.drift_steps", "sft.released")
         way = "draws the codes of images in one order"
-    changes = [x for x in list_changes(config) if x[0] != "guards.fatal"]
+    changes = {key: value for key, value in list_changes(config) if key != "guards.fatal"}
+    if origin is not None:
+        # A value of the files that is set back to the default is not meant to have an effect.
+        new = origin.overrides.keys() - origin.replaced.keys() - changes.keys()
+        changes |= {key: origin.overrides[key] for key in sorted(new) if key != "guards.fatal"}
     # A fatal alarm is an option's name in a value: (option, shown key, value).
     options = [
-        *((key, key, value) for key, value in changes),
+        *((key, key, value) for key, value in changes.items()),
         *((f"guards.{alarm}", "guards.fatal", alarm) for alarm in config.guards.fatal),
     ]
     return [

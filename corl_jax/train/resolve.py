@@ -141,7 +141,7 @@ def outline_run(
     )  # fmt: skip
 
 
-def resolve_run(config: Config) -> ResolvedRun:
+def resolve_run(config: Config, origin: Origin | None = None) -> ResolvedRun:
     """Reads and checks everything but the weights' values.
 
     Raises:
@@ -185,10 +185,10 @@ def resolve_run(config: Config) -> ResolvedRun:
         config=config, family=model.family, sizes=sizes, special=model.processor.special,
         image=model.processor.image, mesh=mesh, tasks=stage.tasks(config),
         steps=count_steps(config, train_loader),
-        model_dir=model.folder, processor=model.processor, rewards=rewards.by_task,
+        model_dir=model.folder, processor=model.processor, rewards=rewards.by_task, origin=origin,
         networks=rewards.networks, train_loader=train_loader, evaluations=tuple(evaluations),
         warnings=[*rewards.warnings, *find_ignored_options(config),
-                  *find_unread_options(config, model.family), *find_unlogged_tasks(config)],
+                  *find_unread_options(config, model.family, origin), *find_unlogged_tasks(config)],
     )  # fmt: skip
 
 

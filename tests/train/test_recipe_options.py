@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from corl_jax import policies
@@ -9,6 +11,7 @@ from corl_jax.algorithms.losses import LossConstants
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config import files as config_files
 from corl_jax.config.denoising import Denoising
+from corl_jax.config.origins import Origin
 from corl_jax.config.readers import find_unused_options
 from corl_jax.config.schema import Config
 from corl_jax.train import __main__ as command
@@ -144,6 +147,21 @@ def test_options_of_tokens_are_unread_where_all_completions_are_latents():
     both = options["algorithm"] | {"tasks": "unified"}
     assert list_keys("janus_flow", algorithm=both) == of_images
     assert not list_keys("janus")
+
+
+def test_a_default_that_is_given_and_not_read_is_warned_of():
+    """Steps of denoising are scored with the sampler's guidance whatever the option says."""
+    config = make_config(tasks="t2i")
+    given = Origin("x", [], {"algorithm.image_logprobs": "conditional"}, {})
+    (line,) = find_unread_options(config, policies.FAMILIES["janus_flow"], given)
+    assert line == (
+        "algorithm.image_logprobs: 'conditional' has no effect; a janus_flow makes images by "
+        "denoising"
+    )
+    assert not find_unread_options(config, policies.FAMILIES["janus"], given)
+    set_back = dataclasses.replace(given, replaced={"algorithm.image_logprobs": "guided"})
+    assert not find_unread_options(config, policies.FAMILIES["janus_flow"], set_back)
+    assert not find_unread_options(config, policies.FAMILIES["janus_flow"])
 
 
 # ---- completed
