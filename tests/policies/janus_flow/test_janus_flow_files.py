@@ -373,6 +373,28 @@ def test_without_a_vae_the_command_that_downloads_it_is_named(tmp_path):
     assert len(found.splitlines()) == 1
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_lone_file_of_a_vae_is_named_with_its_place(beside, tmp_path):
+    folder = original_folder(tmp_path / "flow")
+    weights, place = folder / "vae" / tiny_vae.SAFE, folder / "vae"
+    file = (tmp_path if beside else folder) / "sdxl_vae.safetensors"
+    (place / "config.json").rename(folder / "config of the vae")
+    found = problems_of(folder)
+    assert f"{place / 'config.json'}: not found" in found
+    assert f"`hf download stabilityai/sdxl-vae config.json --local-dir {place}`" in found
+    weights.rename(file)
+    place.rmdir()
+    found = problems_of(folder)
+    assert found.startswith(f"{file}: found a file of weights, expected a folder {place} with ")
+    assert f"move it to {weights} and run `hf download stabilityai/sdxl-vae config.json" in found
+    assert len(found.splitlines()) == 1
+    # What it says works.
+    place.mkdir()
+    file.rename(weights)
+    (folder / "config of the vae").rename(place / "config.json")
+    open_checkpoint(folder, KIND).close()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
