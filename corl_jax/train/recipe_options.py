@@ -256,7 +256,7 @@ def find_denoising_problems(
         problems.append(
             f"algorithm.name: found {algorithm.name}, which compares with a greedy completion; a "
             f"{family.name} draws no greedy image in the program of its samples; "
-            f"{remedy if usable else 'choose grpo, and rollout.group_size of at least 2'}"
+            f"{remedy if usable else 'choose another, with rollout.group_size of at least 2'}"
         )
     if _is_kl_in_reward(algorithm):
         problems.append(
