@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from corl_jax.console import print_status
 from corl_jax.devices.mesh import param_shardings
 from corl_jax.errors import InputError, Problems
 from corl_jax.policies.family import Family
@@ -66,7 +68,8 @@ def find_family(folder: Path) -> Family:
 def inspect_policy(path_or_hub_id: str | Path) -> PolicyFiles:
     """Reads the small files of a checkpoint, and checks names, shapes and sizes of its tensors.
 
-    It does not read the weights and starts no device.
+    It does not read the weights and starts no device. Settings that no file states are noted on
+    standard error, once for each folder.
 
     Raises:
         InputError: listing every file, setting and tensor that is missing, malformed or of
@@ -93,7 +96,15 @@ def inspect_policy(path_or_hub_id: str | Path) -> PolicyFiles:
             )
     problems.raise_any()
     assert sizes is not None and processor is not None
+    _print_once(*family.kind.note_assumptions(folder, sizes))
     return PolicyFiles(family, sizes, processor, folder)
+
+
+# The cache makes it print once: a run opens the same folder several times.
+@functools.cache
+def _print_once(*notes: str) -> None:
+    for note in notes:
+        print_status(f"note: {note}")
 
 
 def load_policy(path_or_hub_id: str | Path, dtype: Any = None, mesh: Mesh | None = None) -> Model:

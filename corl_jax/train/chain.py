@@ -58,7 +58,7 @@ def run_stages(
     startup.prepare_devices(next(iter(stages.values())).distributed)
     with Interruption(ends_process=ends_process) as interruption, processes.fail_together():
         if check_only:
-            check_stages(stages)
+            check_stages(stages, origin)
             return str(find_folder(stages)), 0
         resolve_stages(stages)
         keep_stages(stages, allow_changes)
@@ -96,7 +96,7 @@ def resolve_stages(stages: Stages) -> None:
     problems.raise_any()
 
 
-def check_stages(stages: Stages) -> None:
+def check_stages(stages: Stages, origin: Origin | None) -> None:
     """Checks all stages and prints what each would be; see `command.check_config`.
 
     Raises:
@@ -108,7 +108,7 @@ def check_stages(stages: Stages) -> None:
             start = "\n\n" if index else ""
             print(f"{start}{describe_place(stages, name)}", end="\n\n", flush=True)
         with problems.collect(f"stage {name}: "):
-            command.check_config(config)
+            command.check_config(config, origin)
     problems.raise_any()
 
 

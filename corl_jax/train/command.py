@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import sys
 import time
@@ -71,27 +70,26 @@ def run_config(
     startup.prepare_devices(config.distributed)
     with Interruption(ends_process=ends_process) as interruption, processes.fail_together():
         if check_only:
-            check_config(config)
+            check_config(config, origin)
             return 0
         return run_training(plan_run(config, origin), interruption, allow_changes)
 
 
 def plan_run(config: Config, origin: Origin | None) -> ResolvedRun:
     """Resolves a config and prints a warning for each option without effect. Raises: InputError."""
-    planned = dataclasses.replace(resolve_run(config), origin=origin)
+    planned = resolve_run(config, origin)
     warn_of_unused_options(planned)
     return planned
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config, origin: Origin | None = None) -> None:
     """Checks a config and prints its run; of files on the hub it reads the headers alone.
 
     Raises:
         InputError: as `run_config`.
     """
     with hub_headers.read_headers_only() as headers:
-        planned = resolve_run(config)
-        warn_of_unused_options(planned)
+        planned = plan_run(config, origin)
         if jax.process_index() == 0:
             text = headers.name_places(check.describe(planned))
             print("\n\n".join(filter(None, [text, headers.describe()])))

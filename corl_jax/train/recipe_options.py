@@ -11,6 +11,7 @@ from corl_jax.algorithms.flow.steps import Sde, check_guard, tabulate_checked
 from corl_jax.algorithms.flow.windows import SmallStdError, Window, fit_window
 from corl_jax.algorithms.recipes import RECIPES, Recipe
 from corl_jax.config.denoising import Denoising
+from corl_jax.config.origins import Origin
 from corl_jax.config.readers import list_changes
 from corl_jax.config.schema import Algorithm, Config
 from corl_jax.policies.family import Denoising as SamplerDenoising
@@ -38,11 +39,14 @@ def complete_algorithm(algorithm: Algorithm) -> Algorithm:
     return algorithm.model_copy(update=missing)
 
 
-def find_algorithm_problems(config: Config) -> list[str]:
-    """Returns the options that the algorithm cannot work with, each with the reason."""
+def find_algorithm_problems(config: Config, family: Family | None = None) -> list[str]:
+    """Returns the options that the algorithm cannot work with, each with the reason.
+
+    With `family` the remedies name only algorithms that can train models of this family.
+    """
     recipe = RECIPES[config.algorithm.name]
     return [
-        *_find_batch_problems(config, recipe),
+        *_find_batch_problems(config, recipe, family),
         *_find_choice_problems(config.algorithm, recipe),
         *_find_dual_clip_problems(config.algorithm, recipe),
         *_find_weight_problems(config.algorithm),
@@ -62,15 +66,15 @@ def _find_weight_problems(algorithm: Algorithm) -> list[str]:
     ]
 
 
-def _find_batch_problems(config: Config, recipe: Recipe) -> list[str]:
+def _find_batch_problems(config: Config, recipe: Recipe, family: Family | None) -> list[str]:
     algorithm, size = config.algorithm, config.rollout.group_size
     problems = []
     if size < recipe.min_group_size:
-        singles = ", ".join(name for name, row in RECIPES.items() if row.min_group_size <= size)
+        singles = ", ".join(_list_usable_recipes(config, family))
         problems.append(
             f"rollout.group_size: found {size}, but algorithm.name {algorithm.name} compares the "
-            f"completions of one prompt; expected at least {recipe.min_group_size}; raise it, or "
-            f"choose {singles}"
+            f"completions of one prompt; expected at least {recipe.min_group_size}; raise it"
+            f"{f', or choose algorithm.name {singles}' if singles else ''}"
         )
     elif size * config.train.prompts_per_step < recipe.min_batch_size:
         problems.append(
@@ -91,6 +95,31 @@ def _find_batch_problems(config: Config, recipe: Recipe) -> list[str]:
             f"moved; expected {recipe.max_iterations}"
         )
     return problems
+
+
+def _list_usable_recipes(config: Config, family: Family | None) -> list[str]:
+    """Returns the algorithms that work with the config's other options and the family."""
+    usable = []
+    for name, recipe in RECIPES.items():
+        of_latents = family is not None and _makes_latents(config.algorithm, family)
+        if recipe.min_group_size > config.rollout.group_size or (recipe.uses_greedy and of_latents):
+            continue
+        algorithm = config.algorithm.model_copy(update={"name": name})
+        changed = config.model_copy(update={"algorithm": algorithm})
+        if find_algorithm_problems(changed, family) or (of_latents and _is_kl_in_reward(algorithm)):
+            continue
+        usable.append(name)
+    return usable
+
+
+def _makes_latents(algorithm: Algorithm, family: Family) -> bool:
+    """Returns whether a task of the algorithm makes images by denoising."""
+    tasks = [TASKS[name] for name in choose_tasks(algorithm.tasks)]
+    return family.denoises and any(task.makes_image for task in tasks)
+
+
+def _is_kl_in_reward(algorithm: Algorithm) -> bool:
+    return bool(algorithm.kl_coef) and complete_algorithm(algorithm).kl_in == "reward"
 
 
 def _find_choice_problems(algorithm: Algorithm, recipe: Recipe) -> list[str]:
@@ -141,8 +170,11 @@ def find_ignored_options(config: Config) -> list[str]:
     return warnings
 
 
-def find_unread_options(config: Config, family: Family) -> list[str]:
-    """Returns a warning for each option that models of the run's family do not read."""
+def find_unread_options(config: Config, family: Family, origin: Origin | None = None) -> list[str]:
+    """Returns a warning for each option that models of the run's family do not read.
+
+    With `origin` also for those that were given on top of the files and have their default value.
+    """
     if family.denoises:
         unread = (
             "compat.image_logprobs_unshifted",
@@ -159,10 +191,14 @@ def find_unread_options(config: Config, family: Family) -> list[str]:
     else:
         unread = ("unmasking.", "guards.drift_steps", "sft.released")
         way = "draws the codes of images in one order"
-    changes = [x for x in list_changes(config) if x[0] != "guards.fatal"]
+    changes = {key: value for key, value in list_changes(config) if key != "guards.fatal"}
+    if origin is not None:
+        # A value of the files that is set back to the default is not meant to have an effect.
+        new = origin.overrides.keys() - origin.replaced.keys() - changes.keys()
+        changes |= {key: origin.overrides[key] for key in sorted(new) if key != "guards.fatal"}
     # A fatal alarm is an option's name in a value: (option, shown key, value).
     options = [
-        *((key, key, value) for key, value in changes),
+        *((key, key, value) for key, value in changes.items()),
         *((f"guards.{alarm}", "guards.fatal", alarm) for alarm in config.guards.fatal),
     ]
     return [
@@ -211,17 +247,18 @@ def find_denoising_problems(
     # An unknown name of an algorithm is a problem already.
     if not stage.compares or config.algorithm.name not in RECIPES:
         return []
-    tasks = [TASKS[name] for name in choose_tasks(config.algorithm.tasks)]
-    if not any(task.makes_image for task in tasks):
+    if not _makes_latents(config.algorithm, family):
         return []
     recipe, algorithm, problems = RECIPES[config.algorithm.name], config.algorithm, []
     if recipe.uses_greedy:
+        usable = _list_usable_recipes(config, family)
+        remedy = f"choose {'one of ' if len(usable) > 1 else ''}{', '.join(usable)}"
         problems.append(
             f"algorithm.name: found {algorithm.name}, which compares with a greedy completion; a "
-            f"{family.name} draws no greedy image in the program of its samples; choose one of "
-            f"{', '.join(name for name, row in RECIPES.items() if not row.uses_greedy)}"
+            f"{family.name} draws no greedy image in the program of its samples; "
+            f"{remedy if usable else 'choose another, with rollout.group_size of at least 2'}"
         )
-    if algorithm.kl_coef and complete_algorithm(algorithm).kl_in == "reward":
+    if _is_kl_in_reward(algorithm):
         problems.append(
             "algorithm.kl_in: found reward, but the divergence of denoising steps is a term of the "
             "loss; set it to loss, or algorithm.kl_coef to 0"

@@ -120,7 +120,7 @@ def outline_run(
     """
     problems, stage = Problems(), STAGES[config.stage]
     config = fit.choose_guidance(config, family)
-    problems.add(find_table_problems(config))
+    problems.add(find_table_problems(config, family))
     missing = find_missing_abilities(config, stage, family, sizes)
     problems.add([*missing, *find_denoising_problems(config, stage, family, sizes)])
     problems.add(fit.find_drawing_problems(config, family, family.limits(sizes)))
@@ -141,16 +141,16 @@ def outline_run(
     )  # fmt: skip
 
 
-def resolve_run(config: Config) -> ResolvedRun:
+def resolve_run(config: Config, origin: Origin | None = None) -> ResolvedRun:
     """Reads and checks everything but the weights' values.
 
     Raises:
         InputError: all problems found in the model directory, the data, rewards and mesh.
     """
     problems, stage = Problems(), STAGES[config.stage]
-    problems.add(find_table_problems(config))
-    problems.add(_find_suite_problems(config, stage))
     model = problems.attempt(_inspect_model, config.model.path)
+    problems.add(find_table_problems(config, model.family if model else None))
+    problems.add(_find_suite_problems(config, stage))
     rewards = _resolve_rewards(config, stage, problems)
     sources = sizes = loaders = evaluations = None
     if _knows_columns(config):
@@ -185,10 +185,10 @@ def resolve_run(config: Config) -> ResolvedRun:
         config=config, family=model.family, sizes=sizes, special=model.processor.special,
         image=model.processor.image, mesh=mesh, tasks=stage.tasks(config),
         steps=count_steps(config, train_loader),
-        model_dir=model.folder, processor=model.processor, rewards=rewards.by_task,
+        model_dir=model.folder, processor=model.processor, rewards=rewards.by_task, origin=origin,
         networks=rewards.networks, train_loader=train_loader, evaluations=tuple(evaluations),
         warnings=[*rewards.warnings, *find_ignored_options(config),
-                  *find_unread_options(config, model.family), *find_unlogged_tasks(config)],
+                  *find_unread_options(config, model.family, origin), *find_unlogged_tasks(config)],
     )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def _resolve_rewards(config: Config, stage: Stage, problems: Problems) -> Resolv
     return ResolvedRewards(by_task, used, checked_networks, warnings)
 
 
-def find_table_problems(config: Config) -> list[str]:
+def find_table_problems(config: Config, family: Family | None = None) -> list[str]:
     """Returns names that are not rows of their tables, and options that do not fit a row."""
     chosen = (
         ("algorithm.name", config.algorithm.name, RECIPES),
@@ -240,7 +240,7 @@ def find_table_problems(config: Config) -> list[str]:
         )
     problems += find_entry_problems(config)
     if config.algorithm.name in RECIPES and STAGES[config.stage].compares:
-        problems += find_algorithm_problems(config)
+        problems += find_algorithm_problems(config, family)
     return problems
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from corl_jax import policies
@@ -9,6 +11,7 @@ from corl_jax.algorithms.losses import LossConstants
 from corl_jax.algorithms.recipes import RECIPES
 from corl_jax.config import files as config_files
 from corl_jax.config.denoising import Denoising
+from corl_jax.config.origins import Origin
 from corl_jax.config.readers import find_unused_options
 from corl_jax.config.schema import Config
 from corl_jax.train import __main__ as command
@@ -175,6 +178,21 @@ def test_options_of_tokens_are_unread_where_all_completions_are_latents():
     assert not list_keys("janus")
 
 
+def test_a_default_that_is_given_and_not_read_is_warned_of():
+    """Steps of denoising are scored with the sampler's guidance whatever the option says."""
+    config = make_config(tasks="t2i")
+    given = Origin("x", [], {"algorithm.image_logprobs": "conditional"}, {})
+    (line,) = find_unread_options(config, policies.FAMILIES["janus_flow"], given)
+    assert line == (
+        "algorithm.image_logprobs: 'conditional' has no effect; a janus_flow makes images by "
+        "denoising"
+    )
+    assert not find_unread_options(config, policies.FAMILIES["janus"], given)
+    set_back = dataclasses.replace(given, replaced={"algorithm.image_logprobs": "guided"})
+    assert not find_unread_options(config, policies.FAMILIES["janus_flow"], set_back)
+    assert not find_unread_options(config, policies.FAMILIES["janus_flow"])
+
+
 # ---- completed
 
 
@@ -213,7 +231,39 @@ def test_options_of_the_config_come_first(name):
 def test_one_completion_per_prompt_is_refused_where_completions_are_compared(name):
     (line,) = find_algorithm_problems(make_config(name, group_size=1))
     assert line.startswith(f"rollout.group_size: found 1, but algorithm.name {name} compares")
-    assert "expected at least 2" in line and "choose remax, reinforce_pp" in line
+    assert "expected at least 2" in line and "choose algorithm.name remax, reinforce_pp" in line
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "names"),
+    [
+        ("janus", {}, "remax, reinforce_pp"),
+        # No greedy image is drawn, and no penalty is in the reward of denoising steps.
+        ("janus_flow", {"kl_coef": 0.0}, "reinforce_pp"),
+        ("janus_flow", {"kl_coef": 0.1}, None),
+        ("janus_flow", {"tasks": "mm2t", "kl_coef": 0.1}, "remax, reinforce_pp"),
+        ("janus", {"num_iterations": 2}, "reinforce_pp"),
+    ],
+)
+def test_advised_algorithms_work_with_the_model_and_the_other_options(family, options, names):
+    config, family = make_config(group_size=1, **options), policies.FAMILIES[family]
+    (line,) = find_algorithm_problems(config, family)
+    advice = f"; raise it, or choose algorithm.name {names}" if names else "; raise it"
+    assert line.endswith(f"expected at least 2{advice}")
+    sizes = next(iter(family.presets.values()))
+    for name in names.split(", ") if names else ():
+        config = make_config(name, 1, **options)
+        assert not find_algorithm_problems(config, family)
+        assert not find_denoising_problems(config, STAGES["rl"], family, sizes)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [({"kl_coef": 0.0}, "choose reinforce_pp"), ({"kl_coef": 0.1}, "group_size of at least 2")],
+)
+def test_one_latent_image_per_prompt_and_a_greedy_baseline(options, advice):
+    (found,) = find_problems(make_config("remax", 1, **options))
+    assert found.endswith(advice)
 
 
 @pytest.mark.parametrize("name", SINGLE)

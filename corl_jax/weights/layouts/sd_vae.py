@@ -118,7 +118,8 @@ def read_sizes(folder: Path, problems: Problems) -> SdVaeConfig:
     if not file.is_file():
         problems.add(
             f"{file}: not found, but it states the VAE's sizes and its scaling_factor; copy the "
-            "config.json that belongs to the weights"
+            f"config.json that belongs to the weights; for those of {HUB_ID} run "
+            f"`hf download {HUB_ID} config.json --local-dir {folder}`"
         )
         return SdVaeConfig()
     fields = Fields(str(file), read_json(file), problems)
@@ -294,11 +295,29 @@ def find_vae_of(folder: Path) -> Path:
     """
     place = find_companion(folder, *FOLDERS)
     if place is None:
+        if file := _find_lone_file(folder):
+            raise InputError(_describe_lone_file(file, folder / FOLDERS[0]))
         raise InputError(
             f"{folder}: no folder {' or '.join(FOLDERS)} is in it or beside it"
             f"{_describe_remedy(folder / FOLDERS[0])}"
         )
     return place
+
+
+def _find_lone_file(folder: Path) -> Path | None:
+    """Returns weights whose name says that they are of a VAE, in a model's folder or beside it."""
+    files = (file for place in (folder, folder.absolute().parent) for file in list_weights(place))
+    return next((file for file in files if "vae" in file.name.lower()), None)
+
+
+def _describe_lone_file(file: Path, place: Path) -> str:
+    # Not read with usual settings: VAEs of other scales have tensors of the same names and shapes.
+    return (
+        f"{file}: found a file of weights, expected a folder {place} with config.json and "
+        f"{STEM}.safetensors; if the file is of {HUB_ID} by diffusers' names, move it to "
+        f"{place / STEM}{file.suffix} and run `hf download {HUB_ID} config.json --local-dir "
+        f"{place}`; else run `hf download {HUB_ID} --local-dir {place}`"
+    )
 
 
 def _read_class(folder: Path) -> Any:

@@ -229,12 +229,15 @@ def test_a_janus_and_a_janusflow_are_not_taken_for_each_other(original, tmp_path
 
 
 def test_weights_of_the_other_one_are_one_problem(original, tmp_path):
-    state = {**to_original(random_state(hf_shapes())), **carried_state()}
-    swapped = write_checkpoint(tmp_path / "janus", state, "original", tokenizer=False)
-    tiny_vae.write_vae(tmp_path / "vae", vae_state(), **VAE_CONFIG)  # beside both
-    (swapped / "config.json").write_text(json.dumps(make_config()))
-    found = problems_of(swapped, KIND)
-    assert "its tensors are those of a Janus," in found and len(found.splitlines()) == 1
+    tiny_vae.write_vae(tmp_path / "vae", vae_state(), **VAE_CONFIG)  # beside all
+    state = random_state(hf_shapes())
+    states = {"original": {**to_original(state), **carried_state()}, "transformers": state}
+    for form, tensors in states.items():
+        swapped = write_checkpoint(tmp_path / form, tensors, form, tokenizer=False)
+        (swapped / "config.json").write_text(json.dumps(make_config()))
+        found = problems_of(swapped, KIND)
+        assert "its tensors are those of a Janus," in found and len(found.splitlines()) == 1
+        assert "put the config.json there that came with the weights" in found
     flow = write_checkpoint(tmp_path / "flow", {}, "original", tokenizer=False)
     save_state(flow, original_state(make_model()))
     found = problems_of(flow, JANUS)
@@ -390,15 +393,37 @@ def test_without_a_vae_the_command_that_downloads_it_is_named(tmp_path):
     assert len(found.splitlines()) == 1
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_lone_file_of_a_vae_is_named_with_its_place(beside, tmp_path):
+    folder = original_folder(tmp_path / "flow")
+    weights, place = folder / "vae" / tiny_vae.SAFE, folder / "vae"
+    file = (tmp_path if beside else folder) / "sdxl_vae.safetensors"
+    (place / "config.json").rename(folder / "config of the vae")
+    found = problems_of(folder)
+    assert f"{place / 'config.json'}: not found" in found
+    assert f"`hf download stabilityai/sdxl-vae config.json --local-dir {place}`" in found
+    weights.rename(file)
+    place.rmdir()
+    found = problems_of(folder)
+    assert found.startswith(f"{file}: found a file of weights, expected a folder {place} with ")
+    assert f"move it to {weights} and run `hf download stabilityai/sdxl-vae config.json" in found
+    assert len(found.splitlines()) == 1
+    # What it says works.
+    place.mkdir()
+    file.rename(weights)
+    (folder / "config of the vae").rename(place / "config.json")
+    open_checkpoint(folder, KIND).close()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"scaling_factor": 0.18215}, "vae/config.json: scaling_factor is 0.18215, expected 0.13"),
-        ({"latent_channels": 16}, "vae.latent_channels is 16, expected 4"),
+        ({"latent_channels": 16}, "/vae/config.json: latent_channels is 16, expected 4"),
         (
             {"block_out_channels": [8], "down_block_types": ["DownEncoderBlock2D"],
              "up_block_types": ["UpDecoderBlock2D"]},
-            "together 2 pixels, expected 4",
+            "/vae/config.json: makes one latent of 1 pixels a side",
         ),
         ({"_class_name": "AutoencoderTiny"}, "_class_name is 'AutoencoderTiny'"),
     ],

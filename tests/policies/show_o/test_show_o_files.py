@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from corl_jax.assets import NANO_SHOW_O
 from corl_jax.convert.describe import describe
 from corl_jax.errors import InputError
 from corl_jax.params import flatten
@@ -145,6 +146,22 @@ def test_settings_that_no_tensor_shows(copy, tmp_path):
     assert "phi-1_5/tokenizer.json: not found" in str(error.value)
     command = "hf download microsoft/phi-1_5 tokenizer.json .* config.json --local-dir .*/phi-1_5`"
     assert re.search(command, str(error.value))
+
+
+def test_a_command_that_opens_a_model_notes_its_assumptions_once(tmp_path, capsys):
+    folder = shutil.copytree(NANO_SHOW_O, tmp_path / "m")
+    inspect_policy(folder)
+    assert capsys.readouterr().err == ""
+    (folder / "phi-1_5/config.json").unlink()
+    for opened in (inspect_policy(folder), inspect_policy(folder)):
+        assert opened.sizes.phi.partial_rotary_factor == 0.5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: {folder}: no file states the share of each head that is rotated")
+    assert line.endswith("those of microsoft/phi-1_5: 0.5, 10000, 1e-05 and gelu_new")
+    # A converted folder states them itself.
+    convert(folder, tmp_path / "jax", KIND)
+    inspect_policy(tmp_path / "jax")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_small_model_may_have_the_folder_of_the_large_ones_tokenizer(copy, tmp_path):

@@ -18,7 +18,11 @@ from corl_jax.models.siglip import SiglipConfig
 from corl_jax.models.uvit import UvitConfig
 from corl_jax.policies.janus.checkpoint.llama_sizes import parse_llama, write_llama
 from corl_jax.policies.janus.checkpoint.original import parse_siglip, write_siglip
-from corl_jax.policies.janus_flow.checkpoint.vae_files import find_vae_problems, read_vae
+from corl_jax.policies.janus_flow.checkpoint.vae_files import (
+    find_problems_of_folder,
+    find_vae_problems,
+    read_vae,
+)
 from corl_jax.policies.janus_flow.network import JanusFlowConfig
 from corl_jax.weights.foreign_config import Fields, check_divisible
 from corl_jax.weights.layouts.sd_vae import check as check_vae
@@ -67,7 +71,10 @@ def parse(
     llama = parse_llama(top.section("language_config"))
     siglip = parse_vision_section(top)
     uvit, vae = _parse_uvit(top, llama.hidden_size), problems.attempt(read_vae, folder, problems)
-    return JanusFlowConfig(llama=llama, siglip=siglip, uvit=uvit, vae=vae or SdVaeConfig())
+    config = JanusFlowConfig(llama=llama, siglip=siglip, uvit=uvit, vae=vae or SdVaeConfig())
+    if not problems:  # here, because `check` does not know the VAE's own file
+        problems.add(find_problems_of_folder(config, folder))
+    return config
 
 
 def parse_vision(data: dict[str, Any], file: Path) -> SiglipConfig | None:
@@ -164,7 +171,7 @@ def _read_width(fields: Fields, default: int) -> int:
 def check(config: JanusFlowConfig, where: str) -> list[str]:
     """Lists sizes with which the network cannot be built."""
     llama, siglip = config.llama, config.siglip
-    problems = check_vae(config.vae, f"{where}.vae") or find_vae_problems(config, where)
+    problems = check_vae(config.vae, f"{where}.vae") or find_vae_problems(config, f"{where}.vae")
     return problems + check_divisible(
         where,
         ("llama.num_heads", llama.num_heads, "llama.num_kv_heads", llama.num_kv_heads),

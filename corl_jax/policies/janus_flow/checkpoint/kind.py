@@ -31,12 +31,20 @@ def find_other_kind(data: Mapping[str, Any]) -> str | None:
     )
 
 
+def _find_janus(problems: list[str]) -> str | None:
+    """Returns the place of weights with the image decoder of a Janus, in either of its layouts."""
+    for name in ("gen_vision_model.", "model.vqmodel."):
+        if where := find_strange_weights(problems, name):
+            return where
+    return None
+
+
 def explain_problems(problems: list[str], layout: str, data: Mapping[str, Any]) -> list[str]:
     """Returns the problems of the tensors, with the remedy in front if they are of the VAE.
 
     If the tensors are those of a Janus, returns this cause alone.
     """
-    if layout == "original" and (where := find_strange_weights(problems, "gen_vision_model.")):
+    if layout == "original" and (where := _find_janus(problems)):
         return [
             f"{where}: its tensors are those of a Janus, but its config.json is of a JanusFlow; "
             "put the config.json there that came with the weights"

@@ -41,21 +41,31 @@ def read_vae(folder: Path, problems: Problems) -> SdVaeConfig:
     return sizes
 
 
-def find_vae_problems(config: JanusFlowConfig, where: str) -> list[str]:
-    """Lists the sizes of a VAE that do not belong to those of the model."""
+def find_problems_of_folder(config: JanusFlowConfig, folder: Path) -> list[str]:
+    """Lists the problems of the VAE of a model's folder, each with the VAE's own file."""
+    place = sd_vae.find_vae_of(folder)
+    where = str(place / "config.json")
+    return sd_vae.check(config.vae, where) or find_vae_problems(config, where, place)
+
+
+def find_vae_problems(config: JanusFlowConfig, where: str, place: Path | None = None) -> list[str]:
+    """Lists the sizes of a VAE that do not belong to those of the model.
+
+    `where`: the VAE's settings; `place`: its folder, if it has one.
+    """
     vae, uvit, patch = config.vae, config.uvit, config.siglip.patch_size
-    problems = _find_scaling_problems(vae, f"{where}.vae")
+    problems = _find_scaling_problems(vae, where, place)
     if vae.latent_channels != uvit.latent_channels:
         problems.append(
-            f"{where}.vae.latent_channels is {vae.latent_channels}, expected "
-            f"{uvit.latent_channels}, as the model draws them; {_describe_remedy()}"
+            f"{where}: latent_channels is {vae.latent_channels}, expected "
+            f"{uvit.latent_channels}, as the model draws them; {_describe_remedy(place)}"
         )
     if uvit.patch_size * vae.downsample != patch:
         problems.append(
-            f"{where}.vae makes one latent of {vae.downsample} pixels a side, and the model a "
+            f"{where}: makes one latent of {vae.downsample} pixels a side, and the model a "
             f"token of {uvit.patch_size} latents, together {uvit.patch_size * vae.downsample} "
             f"pixels, expected {patch}: drawn images have the grid of those in prompts; "
-            f"{_describe_remedy()}"
+            f"{_describe_remedy(place)}"
         )
     return problems
 

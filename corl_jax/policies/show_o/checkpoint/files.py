@@ -75,17 +75,18 @@ def locate_tokenizer(folder: Path) -> Path:
 def note_assumptions(folder: Path, config: ShowOConfig) -> list[str]:
     """Returns lines with the settings that no file states, and with the projector, if any."""
     place, phi, notes = find_phi(folder), config.phi, []
-    if not (place and (place / "config.json").is_file()):
+    file = folder / "config.json"
+    stated = read_json(file) if file.is_file() else {}
+    # Our own config.json states all sizes, and no class of the original code.
+    is_original = "_class_name" in stated
+    if is_original and not (place and (place / "config.json").is_file()):
         notes.append(
             f"{folder}: no file states the share of each head that is rotated, the rotary base, "
             "the norms' epsilon and the activation; they are taken to be those of "
             f"{PHI_HUB_ID}: {phi.partial_rotary_factor:g}, {phi.rope_theta:g}, "
             f"{phi.layer_norm_eps:g} and gelu_new"
         )
-    file = folder / "config.json"
-    stated = read_json(file) if file.is_file() else {}
-    # Our own config.json states all sizes, and no class of the original code.
-    if "_class_name" in stated and stated.get("num_vq_tokens") is None:
+    if is_original and stated.get("num_vq_tokens") is None:
         notes.append(
             f"{file}: does not state num_vq_tokens; an image is taken to have "
             f"{config.num_vq_tokens} codes, as in the original code"
