@@ -112,16 +112,16 @@ def shard_heads(function: Callable) -> Callable:
     return compute_sharded
 
 
-def gather_over_fsdp(params: Params, rules: Rules) -> Params:
-    """Gathers a policy's parameters over `fsdp`, except its stacked layers. For use inside jit."""
+def gather_over_fsdp(params: Params, rules: Rules, *, layers: bool = False) -> Params:
+    """Gathers a policy's parameters over `fsdp`, stacked `layers` if asked. For use inside jit."""
     # Decoding reads these parameters once per token. If they stayed split, each token would gather
-    # them again.
+    # them again. Layers that are fused for decoding are gathered there.
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return params
 
     def gather(path: str, x: jax.Array) -> jax.Array:
-        if "/layers/" in path:
+        if "/layers/" in path and not layers:
             return x
         spec = param_spec(path, x.shape, mesh, rules)
         axes = (None if axis == "fsdp" else axis for axis in spec)

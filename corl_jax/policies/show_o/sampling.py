@@ -203,7 +203,8 @@ def _run_text_program(
     temperature: jax.Array, *, options: Answering,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Returns tokens, their mask and their log-probs, each [N, T]."""
-    model = network.bind(config, gather_over_fsdp(network.cast(params, options.dtype), RULES))
+    cast = network.cast(params, options.dtype)
+    model = network.bind(config, gather_over_fsdp(cast, RULES, layers=True))
     special, most = options.special, options.max_new_tokens
     rows = Rows(check_group_size(prompts, keys))
     embeds, is_seen = embed_questions(model, prompts, special)
