@@ -361,6 +361,7 @@ def test_ctrl_c_saves_and_a_second_one_raises(bag, tmp_path, monkeypatch):
 # ---- the page
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_the_page_runs(model, tmp_path, monkeypatch, capsys):
     """Every block of the page in its order, with a tiny model in place of the shipped ones."""

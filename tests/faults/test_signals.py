@@ -66,7 +66,7 @@ def test_a_signal_saves_and_exits_with_75(job, straight, monkeypatch, capfd, fig
 def test_a_signal_before_anything_is_loaded(job, monkeypatch, capfd, figure, number):
     before = signal.signal(number, signal.default_int_handler)
     place = "corl_jax.train.command.resolve_run"
-    monkeypatch.setattr(place, lambda config: os.kill(os.getpid(), number))
+    monkeypatch.setattr(place, lambda *_: os.kill(os.getpid(), number))
     code = job.here()
     signal.signal(number, before)
     figure("T2", fault="signal while nothing is at stake", tries=1, losses=code != 75)

@@ -432,6 +432,7 @@ def redrawn_runs(model, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_greedy_rows_and_redrawn_groups_do_not_depend_on_the_devices(redrawn_runs):
     one, two = redrawn_runs(1), redrawn_runs(2)
     assert len(one) == 3

@@ -64,6 +64,7 @@ def refuse(capsys, model, rows, output, **changes) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_both_tasks_with_several_updates_and_micro_batches(model, rows, tmp_path, one_device):
     lines = run(
         model, rows, tmp_path / "run", train={"micro_batch": 2, "max_steps": 1},
