@@ -45,8 +45,8 @@ def has_deterministic_flag() -> bool:
     return bool(settings) and settings[-1] in ("", "=true", "=1")
 
 
-class SamplerProgram:
-    """A sampler compiled with several sets of XLA options; see `choose_build`."""
+class _Program:
+    """A function that is jitted with several sets of XLA options."""
 
     def __init__(self, function: Callable, *, static_argnames: Sequence[str]):
         self._build: Any = functools.partial(jax.jit, function, static_argnames=static_argnames)
@@ -55,6 +55,10 @@ class SamplerProgram:
     def default(self) -> Any:
         """The build with the default options of XLA."""
         return self._build()
+
+
+class SamplerProgram(_Program):
+    """A sampler compiled with several sets of XLA options; see `choose_build`."""
 
     @functools.cached_property
     def for_few_rows(self) -> Any:
@@ -90,21 +94,12 @@ class SamplerProgram:
                 getattr(self, name).clear_cache()
 
 
-class ExactProgram:
+class ExactProgram(_Program):
     """A jitted function of exact float32 products, compiled without Triton on NVIDIA GPUs.
 
-    A captioner of 250 million parameters compiled for 44 s on an H200 with Triton's kernels among
-    those that XLA chooses from; a sampler of a billion, which has them not, for 6 s.
+    With Triton's kernels to choose from, such networks compile for longer than a sampler of many
+    times their size (docs/measured/performance.md, compile times).
     """
-
-    def __init__(self, function: Callable, *, static_argnames: Sequence[str]):
-        self._build: Any = functools.partial(jax.jit, function, static_argnames=static_argnames)
-        functools.update_wrapper(self, function)
-
-    @functools.cached_property
-    def default(self) -> Any:
-        """The build with the default options of XLA."""
-        return self._build()
 
     @functools.cached_property
     def without_triton(self) -> Any:

@@ -385,6 +385,8 @@ class Llama(nnx.Module):
 
 def _pad_front(x: jax.Array, count: int, axis: int) -> jax.Array:
     """Returns an array with `count` zeros in front: padding, which a mask leaves out."""
+    if not count:
+        return x
     return jnp.pad(x, [(count if place == axis else 0, 0) for place in range(x.ndim)])
 
 

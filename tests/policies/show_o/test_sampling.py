@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from corl_jax.devices.mesh import batch_sharding, make_mesh, param_shardings
+from corl_jax.plan import cost
 from corl_jax.policies.family import (
     NOISE_KEYS,
     LogprobOptions,
@@ -160,6 +161,21 @@ def test_a_sample_depends_on_its_key_and_prompt_alone(params):
         placed = jax.device_put((doubled, keys), batch_sharding(mesh))
         sharded = sample(spread, *placed)[0]
     np.testing.assert_array_equal(sharded.values[:6], whole.values)
+
+
+def test_layers_that_fsdp_splits_are_gathered_once_and_not_once_a_token(params):
+    mesh = make_mesh(data=1, fsdp=2, tensor=1, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(params, param_shardings(params, mesh, RULES))
+        questions = jax.tree.map(lambda x: x[:2], question_prompts())
+        placed = jax.device_put((questions, make_keys(4)), batch_sharding(mesh))
+        options = sampling.make_answering(CONFIG, OPTIONS)
+        program = sampling.text_program.default.lower(
+            CONFIG, spread, *placed, jnp.float32(1), options=options
+        )
+        text = program.compile().as_text()
+    split = [x for x in jax.tree.leaves(spread) if not x.is_fully_replicated]
+    assert 0 < cost.count_cost(text).collectives["all-gather"].count <= len(split)
 
 
 def test_the_last_completion_can_be_greedy(params):
